@@ -1,0 +1,127 @@
+import type { ExtendResult, Want } from '../generation/strategy.js';
+import { EpochEndedError, type Engine, type EngineCapacity, type EngineExtend, type EngineStep, type EngineStepResult } from './engine.js';
+
+/**
+ * An engine without a model, for tests of what drives engines. It keeps the tokens and positions that a KV cache would hold
+ * in real blocks, and answers from a hash of what an Extend can see through its block table: a block that is lost, shared
+ * too long or copied too late changes the answers.
+ */
+export class FakeEngine implements Engine {
+  private readonly tokens: Uint32Array;
+  private readonly positions: Uint32Array;
+  private steps = 0;
+  readonly capacity: EngineCapacity;
+  /** The Extends of every step, for tests of what was batched. */
+  readonly history: (readonly EngineExtend[])[] = [];
+
+  constructor(
+    private readonly options: {
+      readonly kvBlocks: number;
+      readonly blockSize: number;
+      readonly maxBatchTokens: number;
+      readonly vocabSize: number;
+      /** Steps (counted from 1) that end the epoch instead of running. */
+      readonly lostSteps?: ReadonlySet<number>;
+    },
+  ) {
+    const { kvBlocks, blockSize, maxBatchTokens } = options;
+    this.capacity = { kvBlocks, blockSize, maxBatchTokens };
+    this.tokens = new Uint32Array(kvBlocks * blockSize);
+    this.positions = new Uint32Array(kvBlocks * blockSize);
+  }
+
+  async step(step: EngineStep): Promise<EngineStepResult> {
+    await new Promise((resolve) => setImmediate(resolve)); // as long as other events take, like a real step
+    this.steps += 1;
+    if (this.options.lostSteps?.has(this.steps)) {
+      this.tokens.fill(0xdead);
+      this.positions.fill(0xdead);
+      throw new EpochEndedError('a rank was lost (fake)');
+    }
+    const runTokens = step.extends.reduce((sum, { tokens }) => sum + tokens.length, 0);
+    if (runTokens > this.options.maxBatchTokens) throw new Error(`a step of ${runTokens} tokens`);
+    this.history.push(step.extends);
+    this.copyBlocks(step.blockCopies);
+    for (const extend of step.extends) this.write(extend);
+    return { results: step.extends.map((extend) => this.evaluate(extend)), computeMs: 1, collectiveMs: 0 };
+  }
+
+  async ready(): Promise<void> {}
+  async close(): Promise<void> {}
+
+  private copyBlocks(pairs: readonly number[]): void {
+    const { blockSize } = this.options;
+    for (let i = 0; i < pairs.length; i += 2) {
+      const [from, to] = [pairs[i]! * blockSize, pairs[i + 1]! * blockSize];
+      this.tokens.copyWithin(to, from, from + blockSize);
+      this.positions.copyWithin(to, from, from + blockSize);
+    }
+  }
+
+  private slot(extend: EngineExtend, index: number): number {
+    const { blockSize } = this.options;
+    const block = extend.blockTable[Math.floor(index / blockSize)];
+    if (block === undefined) throw new Error(`no block for token ${index}`);
+    return block * blockSize + (index % blockSize);
+  }
+
+  private write(extend: EngineExtend): void {
+    extend.tokens.forEach((token, i) => {
+      const slot = this.slot(extend, extend.cachedTokens + i);
+      this.tokens[slot] = token;
+      this.positions[slot] = extend.positions[i]!;
+    });
+  }
+
+  /** A hash of the first `length` tokens as the cache holds them. */
+  private hash(extend: EngineExtend, length: number): number {
+    let hash = 2166136261;
+    for (let i = 0; i < length; i++) {
+      const slot = this.slot(extend, i);
+      hash = Math.imul(hash ^ this.tokens[slot]!, 16777619);
+      hash = Math.imul(hash ^ this.positions[slot]!, 16777619);
+    }
+    return hash >>> 0;
+  }
+
+  private evaluate(extend: EngineExtend): ExtendResult {
+    const { want } = extend;
+    const length = extend.cachedTokens + extend.tokens.length;
+    return answer(want, (back) => this.hash(extend, length - back), this.options.vocabSize);
+  }
+}
+
+/** @param hashAt hash of what the row `back` rows before the last one sees */
+function answer(want: Want, hashAt: (back: number) => number, vocabSize: number): ExtendResult {
+  const logprobOf = (hash: number): number => -1 - (hash % 1000) / 100;
+  switch (want.kind) {
+    case 'none':
+      return { kind: 'none' };
+    case 'sample': {
+      const { seed, stream, position } = want.noise;
+      const hash = (hashAt(0) ^ Math.imul(Number(seed & 0xffffn) + 31 * stream + 17 * position, 2654435761)) >>> 0;
+      let token = hash % vocabSize;
+      while (want.params.bannedTokens.includes(token)) token = (token + 1) % vocabSize;
+      return { kind: 'sample', token, logprob: logprobOf(hash), topTokens: [], topLogprobs: [] };
+    }
+    case 'candidates': {
+      const all = Array.from({ length: vocabSize }, (_, token) => ({
+        token,
+        logprob: logprobOf(Math.imul(hashAt(0) ^ token, 2654435761) >>> 0),
+      }));
+      const best = all
+        .filter(({ token }) => !want.bannedTokens.includes(token))
+        .sort((a, b) => b.logprob - a.logprob || a.token - b.token)
+        .slice(0, want.count);
+      const logprobs = best.map(({ logprob }) => logprob);
+      return { kind: 'candidates', tokens: best.map(({ token }) => token), logprobs, keys: logprobs };
+    }
+    case 'targets':
+      return { kind: 'targets', logprobs: want.tokens.map((token, i) => logprobOf(hashAt(want.tokens.length - 1 - i) ^ token)) };
+    case 'logits':
+      return {
+        kind: 'logits',
+        logits: Float32Array.from({ length: want.rows * vocabSize }, (_, i) => hashAt(want.rows - 1 - Math.floor(i / vocabSize)) % (i + 7)),
+      };
+  }
+}

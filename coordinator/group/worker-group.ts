@@ -1,0 +1,306 @@
+import { randomBytes, timingSafeEqual } from 'node:crypto';
+import type { ServerDuplexStream } from '@grpc/grpc-js';
+import { EngineError, NotReadyError, WorkerLostError } from '../../common/errors.js';
+import type { Logger } from '../../common/log.js';
+import { packageVersion } from '../../common/package-root.js';
+import type { CoordinatorMessage } from '../../proto/generated/tandem/v1/CoordinatorMessage.js';
+import type { Hello__Output } from '../../proto/generated/tandem/v1/Hello.js';
+import type { Memory__Output } from '../../proto/generated/tandem/v1/Memory.js';
+import type { StepResult__Output } from '../../proto/generated/tandem/v1/StepResult.js';
+import type { WorkerMessage__Output } from '../../proto/generated/tandem/v1/WorkerMessage.js';
+import { EpochEndedError, type Engine, type EngineCapacity, type EngineStep, type EngineStepResult } from './engine.js';
+import { decodeResult, encodeStep } from './wire.js';
+
+type Link = ServerDuplexStream<WorkerMessage__Output, CoordinatorMessage>;
+
+export interface WorkerGroupOptions {
+  readonly worldSize: number;
+  readonly modelPath: string;
+  readonly threads: number;
+  /** Empty: the best instruction set of each worker's CPU. */
+  readonly isa: string;
+  readonly kv: { readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
+  /** How many KV blocks a rank gets, from the smallest memory that a rank reports. Throws if not even one sequence fits. */
+  readonly kvBlocks: (totalMemoryBytes: number) => number;
+  readonly maxBatchTokens: number;
+  readonly collectiveTimeoutMs: number;
+  /** A step that takes longer ends the epoch. */
+  readonly stepTimeoutMs: number;
+  readonly heartbeatMs: number;
+  /** What workers have to present; null accepts any worker that reaches the link's socket. */
+  readonly token: string | null;
+  readonly log: Logger;
+  /** The ranks have been told to leave: their processes should end soon. */
+  readonly onDismissed: (rank: number) => void;
+}
+
+export interface RankSnapshot {
+  readonly rank: number;
+  readonly state: 'absent' | 'loading' | 'ready';
+  readonly pid: number;
+  readonly device: string;
+  readonly isa: string;
+  readonly memory: { readonly weightBytes: number; readonly kvBytes: number; readonly workspaceBytes: number; readonly rssBytes: number };
+  readonly heartbeatAgeMs: number;
+}
+
+interface Rank {
+  readonly link: Link;
+  readonly hello: Hello__Output;
+  ready: boolean;
+  memory: Memory__Output | null;
+  lastSeenMs: number;
+}
+
+interface StepUnderWay {
+  readonly stepId: number;
+  readonly results: (StepResult__Output | null)[];
+  readonly wants: EngineStep;
+  readonly resolve: (result: EngineStepResult) => void;
+  readonly reject: (error: Error) => void;
+  readonly timer: NodeJS.Timeout;
+}
+
+/**
+ * The engine over all ranks of one model replica. Workers dial in; when all ranks are there an epoch begins: each gets its
+ * assignment, loads, and says Ready. A rank that is lost, reports an error or lets a step time out ends the epoch: the
+ * others are told to leave, and the next epoch begins when all ranks have dialled in again.
+ */
+export class WorkerGroup implements Engine {
+  private readonly ranks: (Rank | null)[];
+  private epochNumber = 0;
+  /** An epoch is under way from the assignment on. */
+  private assigned = false;
+  private kvBlocks = 0;
+  private nextStepId = 1;
+  private underWay: StepUnderWay | null = null;
+  private failure: Error | null = null;
+  private waiters: { resolve: () => void; reject: (error: Error) => void }[] = [];
+  /** Rejects when no further epoch will begin. */
+  readonly failed: Promise<never>;
+  private rejectFailed!: (error: Error) => void;
+
+  constructor(private readonly options: WorkerGroupOptions) {
+    this.ranks = Array.from({ length: options.worldSize }, () => null);
+    this.failed = new Promise((_, reject) => (this.rejectFailed = reject));
+    this.failed.catch(() => {}); // whoever wants to know looks at it
+  }
+
+  get capacity(): EngineCapacity {
+    return { kvBlocks: this.kvBlocks, blockSize: this.options.kv.blockSize, maxBatchTokens: this.options.maxBatchTokens };
+  }
+
+  get epoch(): number {
+    return this.epochNumber;
+  }
+
+  get isReady(): boolean {
+    return this.assigned && this.ranks.every((rank) => rank?.ready);
+  }
+
+  get failureReason(): string | null {
+    return this.failure?.message ?? null;
+  }
+
+  snapshot(): RankSnapshot[] {
+    return this.ranks.map((rank, index) => ({
+      rank: index,
+      state: rank === null ? 'absent' : rank.ready ? 'ready' : 'loading',
+      pid: rank?.hello.pid ?? 0,
+      device: rank?.hello.device ?? '',
+      isa: rank?.hello.isa ?? '',
+      memory: {
+        weightBytes: Number(rank?.memory?.weightBytes ?? 0),
+        kvBytes: Number(rank?.memory?.kvBytes ?? 0),
+        workspaceBytes: Number(rank?.memory?.workspaceBytes ?? 0),
+        rssBytes: Number(rank?.memory?.rssBytes ?? 0),
+      },
+      heartbeatAgeMs: rank ? Date.now() - rank.lastSeenMs : 0,
+    }));
+  }
+
+  ready(): Promise<void> {
+    if (this.failure) return Promise.reject(this.failure);
+    if (this.isReady) return Promise.resolve();
+    return new Promise((resolve, reject) => this.waiters.push({ resolve, reject }));
+  }
+
+  step(step: EngineStep): Promise<EngineStepResult> {
+    if (this.failure) return Promise.reject(this.failure);
+    if (!this.isReady) return Promise.reject(new EpochEndedError('the group is not complete'));
+    if (this.underWay) throw new Error('a step is under way');
+    const stepId = this.nextStepId++;
+    const message: CoordinatorMessage = { step: encodeStep(stepId, step) };
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => this.endEpoch(this.describeSilence(stepId)), this.options.stepTimeoutMs);
+      this.underWay = { stepId, results: this.ranks.map(() => null), wants: step, resolve, reject, timer };
+      for (const rank of this.ranks) rank!.link.write(message);
+    });
+  }
+
+  /** Serves one worker's link until it ends. */
+  attach(link: Link): void {
+    let index: number | null = null;
+    link.on('data', (message: WorkerMessage__Output) => {
+      if (index === null) index = this.greet(link, message);
+      else if (this.ranks[index]?.link === link) this.receive(index, message);
+    });
+    const gone = (how: string) => () => {
+      if (index !== null && this.ranks[index]?.link === link) {
+        this.ranks[index] = null;
+        this.endEpoch(`rank ${index} ${how}`);
+      }
+      index = null;
+    };
+    link.on('end', () => {
+      gone('left')();
+      link.end();
+    });
+    link.on('cancelled', gone('was lost'));
+    link.on('error', gone('was lost'));
+  }
+
+  /** No further epoch will begin: whoever waits gets a WorkerLostError. */
+  giveUp(reason: string): void {
+    this.failWith(new WorkerLostError(reason));
+  }
+
+  async close(): Promise<void> {
+    for (const rank of this.ranks) rank?.link.write({ shutdown: {} });
+    this.failWith(new NotReadyError('the server is shutting down'));
+  }
+
+  private failWith(error: Error): void {
+    if (this.failure) return;
+    this.failure = error;
+    this.endEpoch(error.message);
+    this.rejectFailed(error);
+    for (const { reject } of this.waiters.splice(0)) reject(this.failure);
+  }
+
+  /** @returns the rank, or null where the worker is refused */
+  private greet(link: Link, message: WorkerMessage__Output): number | null {
+    const { hello } = message;
+    const refusal = this.refusal(hello ?? null);
+    if (!hello || refusal !== null) {
+      this.options.log.error({ rank: hello?.rank, pid: hello?.pid }, `worker refused: ${refusal}`);
+      link.emit('error', Object.assign(new Error(refusal ?? ''), { code: 9, details: refusal }));
+      return null;
+    }
+    this.ranks[hello.rank] = { link, hello, ready: false, memory: null, lastSeenMs: Date.now() };
+    this.options.log.info({ rank: hello.rank, pid: hello.pid, device: hello.device, isa: hello.isa }, 'worker attached');
+    if (this.ranks.every((rank) => rank !== null)) this.beginEpoch();
+    return hello.rank;
+  }
+
+  private refusal(hello: Hello__Output | null): string | null {
+    const { worldSize, token } = this.options;
+    if (!hello) return 'the first message has to be Hello';
+    if (token !== null && !sameToken(token, hello.token)) return 'wrong worker token';
+    if (hello.version !== packageVersion) return `worker is version ${hello.version}, coordinator ${packageVersion}: run the same`;
+    if (hello.rank >= worldSize) return `rank ${hello.rank} of world size ${worldSize}: ranks are 0 to ${worldSize - 1}`;
+    if (this.ranks[hello.rank]) return `rank ${hello.rank} is attached already (pid ${this.ranks[hello.rank]!.hello.pid})`;
+    return null;
+  }
+
+  private beginEpoch(): void {
+    const { options } = this;
+    const memory = Math.min(...this.ranks.map((rank) => Number(rank!.hello.totalMemoryBytes)));
+    if (this.kvBlocks === 0) {
+      try {
+        this.kvBlocks = options.kvBlocks(memory);
+      } catch (error) {
+        this.failWith(error as Error);
+        return;
+      }
+    }
+    this.epochNumber += 1;
+    this.assigned = true;
+    this.nextStepId = 1;
+    const communicator = `${process.pid}-${this.epochNumber}-${randomBytes(6).toString('hex')}`;
+    for (const rank of this.ranks) {
+      rank!.link.write({
+        assignment: {
+          epoch: this.epochNumber,
+          worldSize: options.worldSize,
+          modelPath: options.modelPath,
+          communicator,
+          collectiveTimeoutMs: options.collectiveTimeoutMs,
+          kvBlocks: this.kvBlocks,
+          kvBlockSize: options.kv.blockSize,
+          kvDtype: options.kv.dtype,
+          maxBatchTokens: options.maxBatchTokens,
+          threads: options.threads,
+          isa: options.isa,
+          heartbeatMs: options.heartbeatMs,
+        },
+      });
+    }
+  }
+
+  private receive(index: number, message: WorkerMessage__Output): void {
+    const rank = this.ranks[index]!;
+    rank.lastSeenMs = Date.now();
+    if (message.result) this.takeResult(index, message.result);
+    else if (message.heartbeat) rank.memory = message.heartbeat.memory;
+    else if (message.ready && message.ready.epoch === this.epochNumber) {
+      rank.ready = true;
+      rank.memory = message.ready.memory;
+      this.options.log.info({ rank: index, epoch: this.epochNumber, loadMs: message.ready.loadMs }, 'shard loaded');
+      if (this.isReady) for (const { resolve } of this.waiters.splice(0)) resolve();
+    } else if (message.error) {
+      const reason = `rank ${index}: ${message.error.message}`;
+      // What a checkpoint or a flag makes impossible stays so, however often the workers are restarted.
+      if (message.error.code === 'CHECKPOINT' || message.error.code === 'CONFIG') this.failWith(new WorkerLostError(reason));
+      else this.endEpoch(reason);
+    }
+  }
+
+  private takeResult(index: number, result: StepResult__Output): void {
+    const { underWay } = this;
+    if (underWay?.stepId !== result.stepId) return; // of a step that has failed already
+    underWay.results[index] = result;
+    if (underWay.results.some((each) => each === null)) return;
+    this.underWay = null;
+    clearTimeout(underWay.timer);
+    const [first] = underWay.results;
+    if (first!.error) underWay.reject(new EngineError(first!.error));
+    else {
+      const longest = (field: 'computeMicros' | 'collectiveMicros') => Math.max(...underWay.results.map((each) => each![field])) / 1000;
+      underWay.resolve({
+        results: first!.results.map((each, i) => decodeResult(each, underWay.wants.extends[i]!.want)),
+        computeMs: longest('computeMicros'),
+        collectiveMs: longest('collectiveMicros'),
+      });
+    }
+  }
+
+  private describeSilence(stepId: number): string {
+    const silent = this.underWay!.results.flatMap((result, rank) => (result === null ? [rank] : []));
+    return `step ${stepId}: no result from rank ${silent.join(', ')} within ${this.options.stepTimeoutMs} ms`;
+  }
+
+  private endEpoch(reason: string): void {
+    if (this.assigned) this.options.log.warn({ epoch: this.epochNumber }, `epoch ended: ${reason}`);
+    this.assigned = false;
+    this.ranks.forEach((rank, index) => {
+      if (rank === null) return;
+      rank.link.write({ abort: { epoch: this.epochNumber } });
+      rank.link.end();
+      this.ranks[index] = null;
+      this.options.onDismissed(index);
+    });
+    const { underWay } = this;
+    if (underWay) {
+      this.underWay = null;
+      clearTimeout(underWay.timer);
+      underWay.reject(this.failure ?? new EpochEndedError(reason));
+    }
+  }
+}
+
+function sameToken(expected: string, given: string): boolean {
+  const a = Buffer.from(expected);
+  const b = Buffer.from(given);
+  return a.length === b.length && timingSafeEqual(a, b);
+}

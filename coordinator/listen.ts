@@ -1,0 +1,48 @@
+import { unlinkSync, lstatSync } from 'node:fs';
+import { connect } from 'node:net';
+import { ServerCredentials, type Server } from '@grpc/grpc-js';
+import { parseAddress } from '../common/address.js';
+import { ConfigError } from '../common/errors.js';
+
+/**
+ * Binds a gRPC server to `unix:/path` or `host:port` (port 0: any free one).
+ *
+ * A socket file that a killed server left behind is removed; one that somebody answers on is not.
+ *
+ * @returns the address as clients write it
+ * @throws ConfigError if the address is in use or can not be bound
+ */
+export async function listen(server: Server, text: string): Promise<string> {
+  const address = parseAddress(text);
+  if (address.kind === 'unix') await removeStaleSocket(address.path);
+  const target = address.kind === 'unix' ? `unix:${address.path}` : text;
+  const port = await new Promise<number>((resolve, reject) => {
+    server.bindAsync(target, ServerCredentials.createInsecure(), (error, bound) => {
+      if (error) reject(new ConfigError(`cannot listen on ${text}: ${plainReason(error)}`));
+      else resolve(bound);
+    });
+  });
+  return address.kind === 'unix' ? target : `${address.host}:${port}`;
+}
+
+async function removeStaleSocket(path: string): Promise<void> {
+  const stat = lstatSync(path, { throwIfNoEntry: false });
+  if (!stat) return;
+  if (!stat.isSocket()) throw new ConfigError(`cannot listen on unix:${path}: a file that is no socket is there, choose another path`);
+  const isAlive = await new Promise<boolean>((resolve) => {
+    const probe = connect(path);
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    probe.once('error', () => resolve(false));
+  });
+  if (isAlive) throw new ConfigError(`cannot listen on unix:${path}: another server uses it, choose another path or stop it`);
+  unlinkSync(path);
+}
+
+function plainReason(error: Error): string {
+  if (/EADDRINUSE/.test(error.message)) return 'the address is in use, choose another or stop the server that has it';
+  if (/EACCES/.test(error.message)) return 'permission denied';
+  return error.message.split('\n')[0]!;
+}

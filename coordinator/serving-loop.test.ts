@@ -1,0 +1,163 @@
+import fc from 'fast-check';
+import { afterEach, expect, test } from 'vitest';
+import { CancelledError, EngineError, InvalidRequestError, NotReadyError, WorkerLostError } from '../common/errors.js';
+import { createLogger } from '../common/log.js';
+import type { Sequences, Strategy } from './generation/strategy.js';
+import type { Engine, EngineStep, EngineStepResult } from './group/engine.js';
+import { FakeEngine } from './group/fake-engine.js';
+import { ServingLoop, type Job, type Ticket } from './serving-loop.js';
+
+const log = createLogger('test', 'silent');
+const BLOCK_SIZE = 4;
+const limits = { maxBatchTokens: 64, maxExtends: 16 };
+const open: ServingLoop[] = [];
+
+afterEach(async () => {
+  await Promise.all(open.splice(0).map((loop) => loop.close()));
+});
+
+function start(options: { kvBlocks?: number; lostSteps?: ReadonlySet<number> } = {}): { loop: ServingLoop; engine: FakeEngine } {
+  const engine = new FakeEngine({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, ...options });
+  const loop = new ServingLoop(engine, limits, log);
+  open.push(loop);
+  return { loop, engine };
+}
+
+interface Shape {
+  readonly prompt: number;
+  readonly newTokens: number;
+  readonly samples: number;
+}
+
+/** Prefill, then `samples` forks that decode `newTokens` each; the seed makes requests of equal shape different. */
+function job({ prompt, newTokens, samples }: Shape, seed: number): Job<number[][]> {
+  function* strategy(sequences: Sequences): Strategy<number[][]> {
+    const context = sequences.create();
+    const tokens = Array.from({ length: prompt }, (_, i) => (seed * 31 + i * 7) % 997);
+    yield [{ sequence: context, tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: prompt, want: { kind: 'none' } }];
+    const rows = Array.from({ length: samples }, () => ({ sequence: sequences.fork(context), tokens: [seed % 997] }));
+    sequences.release(context);
+    for (let i = 0; i < newTokens; i++) {
+      const results = yield rows.map(({ sequence, tokens: own }, stream) => ({
+        sequence,
+        tokens: [own.at(-1)!],
+        positions: [prompt + i],
+        bidirectionalTokens: 0,
+        want: {
+          kind: 'sample' as const,
+          params: { temperature: 1, topK: 0, topP: 0, bannedTokens: [] },
+          noise: { seed: BigInt(seed), stream, position: i },
+          topLogprobs: 0,
+        },
+      }));
+      results.forEach((result, stream) => {
+        if (result.kind !== 'sample') throw new Error(`got ${result.kind}`);
+        rows[stream]!.tokens.push(result.token);
+      });
+    }
+    return rows.map(({ tokens: own }) => own);
+  }
+  const perSample = Math.ceil((prompt + newTokens) / BLOCK_SIZE) + 1;
+  return { reserveBlocks: Math.ceil(prompt / BLOCK_SIZE) + samples * perSample, start: strategy };
+}
+
+async function alone(shape: Shape, seed: number): Promise<number[][]> {
+  const { loop } = start();
+  return (await loop.submit(job(shape, seed)).done).value;
+}
+
+const shape = fc.record({
+  prompt: fc.integer({ min: 1, max: 30 }),
+  newTokens: fc.integer({ min: 1, max: 12 }),
+  samples: fc.integer({ min: 1, max: 4 }),
+});
+
+test('a request gives the same tokens among others, with few blocks, and when ranks are lost', async () => {
+  await fc.assert(
+    fc.asyncProperty(
+      fc.array(shape, { minLength: 1, maxLength: 12 }),
+      fc.uniqueArray(fc.integer({ min: 1, max: 30 }), { maxLength: 4 }),
+      async (shapes, lost) => {
+        const { loop } = start({ kvBlocks: 64, lostSteps: new Set(lost) });
+        const tickets = shapes.map((each, seed) => loop.submit(job(each, seed)));
+        const together = await Promise.all(tickets.map(async ({ done }) => (await done).value));
+        expect(together).toEqual(await Promise.all(shapes.map(alone)));
+        expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+      },
+    ),
+    { numRuns: 60 },
+  );
+});
+
+test('requests that arrive together decode in the same steps', async () => {
+  const { loop, engine } = start();
+  const tickets = [0, 1, 2].map((seed) => loop.submit(job({ prompt: 5, newTokens: 6, samples: 1 }, seed)));
+  await Promise.all(tickets.map(({ done }) => done));
+  expect(engine.history.map((step) => step.length)).toEqual([3, 3, 3, 3, 3, 3, 3]);
+});
+
+test('a request that waits for blocks starts when they are free', async () => {
+  const { loop } = start({ kvBlocks: 8 });
+  const tickets = [0, 1, 2].map((seed) => loop.submit(job({ prompt: 8, newTokens: 4, samples: 1 }, seed)));
+  await new Promise((resolve) => setTimeout(resolve, 0));
+  const results = await Promise.all(tickets.map(({ done }) => done));
+  expect(results.map(({ value }) => value[0]!.length)).toEqual([5, 5, 5]);
+  expect(loop.snapshot().kv.peakUsedBlocks).toBeLessThanOrEqual(8);
+});
+
+test('a request that can never fit is refused at once, with what would fit', () => {
+  const { loop } = start({ kvBlocks: 8 });
+  expect(() => loop.submit(job({ prompt: 30, newTokens: 4, samples: 2 }, 0))).toThrow(InvalidRequestError);
+  expect(() => loop.submit(job({ prompt: 30, newTokens: 4, samples: 2 }, 0))).toThrow('KV blocks of 4 tokens, the server has 8');
+});
+
+test('a cancelled request frees its blocks and the others go on', async () => {
+  const { loop } = start();
+  const doomed = loop.submit(job({ prompt: 20, newTokens: 100, samples: 4 }, 1));
+  const other = loop.submit(job({ prompt: 5, newTokens: 10, samples: 1 }, 2));
+  setTimeout(() => doomed.cancel(), 1);
+  await expect(doomed.done).rejects.toThrow(CancelledError);
+  expect((await other.done).value).toEqual(await alone({ prompt: 5, newTokens: 10, samples: 1 }, 2));
+  expect(loop.snapshot()).toMatchObject({ cancelled: 1, finished: 1, running: 0, kv: { usedBlocks: 0, reservedBlocks: 0 } });
+});
+
+test('an error of the engine ends the requests of that step with it, not the server', async () => {
+  class Failing extends FakeEngine {
+    private failed = false;
+    override step(step: EngineStep): Promise<EngineStepResult> {
+      if (this.failed) return super.step(step);
+      this.failed = true;
+      return Promise.reject(new EngineError('extends[0].tokens: refused'));
+    }
+  }
+  const engine = new Failing({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997 });
+  const loop = new ServingLoop(engine, limits, log);
+  open.push(loop);
+  await expect(loop.submit(job({ prompt: 5, newTokens: 2, samples: 1 }, 0)).done).rejects.toThrow('extends[0].tokens: refused');
+  expect((await loop.submit(job({ prompt: 5, newTokens: 2, samples: 1 }, 0)).done).value).toEqual(
+    await alone({ prompt: 5, newTokens: 2, samples: 1 }, 0),
+  );
+});
+
+test('when no rank comes back all requests end with a WorkerLostError and new ones are refused', async () => {
+  class Lost extends FakeEngine implements Engine {
+    override ready(): Promise<void> {
+      return Promise.reject(new WorkerLostError('worker 1 ended 6 times within a minute'));
+    }
+  }
+  const engine = new Lost({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, lostSteps: new Set([2]) });
+  const loop = new ServingLoop(engine, limits, log);
+  open.push(loop);
+  const tickets: Ticket<unknown>[] = [0, 1].map((seed) => loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, seed)));
+  for (const { done } of tickets) await expect(done).rejects.toThrow(WorkerLostError);
+  expect(() => loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, 0))).toThrow(NotReadyError);
+});
+
+test('closing ends what is under way with a NotReadyError', async () => {
+  const { loop } = start();
+  const ticket = loop.submit(job({ prompt: 5, newTokens: 1000, samples: 1 }, 0));
+  const ended = expect(ticket.done).rejects.toThrow(NotReadyError);
+  await loop.close();
+  await ended;
+  expect(() => loop.submit(job({ prompt: 5, newTokens: 1, samples: 1 }, 0))).toThrow(NotReadyError);
+});

@@ -1,0 +1,37 @@
+import { loadAddon, type NativeAddon, type NativeEngine } from '../native/binding/addon.js';
+import { openStore } from '../model/store/open-store.js';
+import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
+
+export type { NativeEngine };
+
+/** The native addon's description, for the Hello; throws a ConfigError if the addon is not built. */
+export function nativeBuild(): NativeAddon['build'] {
+  return loadAddon().build;
+}
+
+/** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */
+export async function loadEngine(assignment: Assignment__Output, rank: number): Promise<NativeEngine> {
+  const store = await openStore(assignment.modelPath);
+  const { config } = store;
+  return loadAddon().createEngine({
+    model: {
+      numLayers: config.numLayers,
+      hiddenSize: config.hiddenSize,
+      numAttentionHeads: config.numAttentionHeads,
+      innerHiddenSize: config.innerHiddenSize,
+      vocabSize: config.vocabSize,
+      maxSequenceLength: config.maxSequenceLength,
+      layernormEpsilon: config.layernormEpsilon,
+      rotaryBase: config.rotaryBase,
+      rotaryPrecision: config.rotaryPrecision,
+    },
+    tensors: store.tensors,
+    rank,
+    worldSize: assignment.worldSize,
+    threads: assignment.threads,
+    isa: assignment.isa === '' ? null : (assignment.isa as 'avx512' | 'avx2' | 'generic'),
+    kv: { numBlocks: assignment.kvBlocks, blockSize: assignment.kvBlockSize, dtype: assignment.kvDtype === 'fp32' ? 'fp32' : 'fp16' },
+    maxBatchTokens: assignment.maxBatchTokens,
+    communicator: assignment.worldSize === 1 ? null : { name: assignment.communicator, timeoutMs: assignment.collectiveTimeoutMs },
+  });
+}

@@ -1,0 +1,86 @@
+import { totalmem } from 'node:os';
+import type { ClientDuplexStream } from '@grpc/grpc-js';
+import { InvalidRequestError, TandemError } from '../common/errors.js';
+import type { Logger } from '../common/log.js';
+import { packageVersion } from '../common/package-root.js';
+import type { CoordinatorMessage__Output } from '../proto/generated/tandem/v1/CoordinatorMessage.js';
+import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
+import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
+import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
+import { loadEngine, nativeBuild, type NativeEngine } from './engine.js';
+import { decodeStep, encodeStepResult } from './wire.js';
+
+export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
+
+export interface LinkOptions {
+  readonly rank: number;
+  readonly token: string;
+  readonly log: Logger;
+}
+
+/** Why the link ended: the coordinator said so, or it (or this worker's engine) broke. */
+export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'aborted' } | { readonly kind: 'broken'; readonly reason: string };
+
+/**
+ * Runs the coordinator's commands on this rank, in order, until the link ends. Ranks that run different steps hang in their
+ * next collective, so a gap in the step ids is an error. Steps are not awaited: the engine's thread queues them.
+ */
+export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOptions): Promise<LinkEnd> {
+  return new Promise((resolve) => {
+    let engine: NativeEngine | null = null;
+    let epoch = 0;
+    let lastStep = 0;
+    let heartbeat: NodeJS.Timeout | null = null;
+
+    const end = (how: LinkEnd): void => {
+      if (heartbeat) clearInterval(heartbeat);
+      engine?.abort();
+      resolve(how);
+    };
+    const fail = (error: unknown): void => {
+      const message = error instanceof Error ? error.message : String(error);
+      log.error({ epoch }, message);
+      link.write({ error: { epoch, code: error instanceof TandemError ? error.code : 'ENGINE', message } });
+      link.end();
+      end({ kind: 'broken', reason: message });
+    };
+    const load = async (assignment: Assignment__Output): Promise<void> => {
+      const start = performance.now();
+      epoch = assignment.epoch;
+      engine = await loadEngine(assignment, rank);
+      const loadMs = Math.round(performance.now() - start);
+      log.info({ epoch, loadMs, weightBytes: engine.memory.weightBytes, kvBytes: engine.memory.kvBytes }, 'shard loaded');
+      heartbeat = setInterval(() => link.write({ heartbeat: { epoch, lastStep, memory: memoryOf(engine!) } }), assignment.heartbeatMs);
+      link.write({ ready: { epoch, loadMs, memory: memoryOf(engine) } });
+    };
+
+    link.on('data', (message: CoordinatorMessage__Output) => {
+      if (message.assignment) load(message.assignment).catch(fail);
+      else if (message.abort) end({ kind: 'aborted' });
+      else if (message.shutdown) end({ kind: 'shutdown' });
+      else if (message.step) {
+        const { stepId } = message.step;
+        if (!engine) return fail(new Error(`step ${stepId} before the shard was loaded`));
+        if (stepId !== lastStep + 1) return fail(new Error(`step ${stepId} after step ${lastStep}`));
+        lastStep = stepId;
+        engine.step(decodeStep(message.step)).then(
+          (result) => link.write({ result: encodeStepResult(result) }),
+          (error: unknown) => {
+            // Refused alike by every rank before anything ran; all else has left the ranks in different states.
+            if (error instanceof InvalidRequestError) link.write({ result: { stepId, error: error.message } });
+            else fail(error);
+          },
+        );
+      }
+    });
+    link.on('error', (error) => end({ kind: 'broken', reason: error.message }));
+    link.on('end', () => end({ kind: 'broken', reason: 'the coordinator closed the link' }));
+
+    const { isa } = nativeBuild();
+    link.write({ hello: { rank, pid: process.pid, device: 'cpu', isa, totalMemoryBytes: totalmem(), version: packageVersion, token } });
+  });
+}
+
+function memoryOf(engine: NativeEngine): Memory {
+  return { ...engine.memory, rssBytes: process.memoryUsage.rss() };
+}
