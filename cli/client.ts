@@ -1,0 +1,83 @@
+import { promisify } from 'node:util';
+import { clientAddress, clientCredentials } from '../common/address.js';
+import { ConfigError } from '../common/errors.js';
+import { Generation, Ops } from '../common/services.js';
+import type { Delta__Output } from '../proto/generated/tandem/v1/Delta.js';
+import type { Finish__Output } from '../proto/generated/tandem/v1/Finish.js';
+import type { GenerateRequest } from '../proto/generated/tandem/v1/GenerateRequest.js';
+import type { LogitsRequest } from '../proto/generated/tandem/v1/LogitsRequest.js';
+import type { ScoreRequest } from '../proto/generated/tandem/v1/ScoreRequest.js';
+import type { ScoreResponse__Output } from '../proto/generated/tandem/v1/ScoreResponse.js';
+import type { Status__Output } from '../proto/generated/tandem/v1/Status.js';
+
+/** A server's public API as plain functions; failures are gRPC ServiceErrors. */
+export interface TandemClient {
+  generate(request: GenerateRequest, onDelta?: (delta: Delta__Output) => void): Promise<Finish__Output>;
+  score(request: ScoreRequest): Promise<ScoreResponse__Output>;
+  /** One array of vocabulary size for each reported row. */
+  logits(request: LogitsRequest): Promise<Float32Array[]>;
+  tokenize(text: string, asPrompt?: boolean): Promise<number[]>;
+  status(): Promise<Status__Output>;
+  close(): void;
+}
+
+const CONNECT_TIMEOUT_MS = 5_000;
+
+/** @throws ConfigError if nobody answers at the address */
+export async function connect(address: string): Promise<TandemClient> {
+  const target = clientAddress(address);
+  const generation = new Generation(target, clientCredentials());
+  const ops = new Ops(target, clientCredentials());
+  await new Promise<void>((resolve, reject) => {
+    generation.waitForReady(Date.now() + CONNECT_TIMEOUT_MS, (error) => {
+      if (error) reject(new ConfigError(`no server at ${address}: start one with "tandem serve", or name it with --address`));
+      else resolve();
+    });
+  });
+  return {
+    generate: (request, onDelta = () => {}) =>
+      new Promise((resolve, reject) => {
+        const call = generation.generate(request);
+        let finish: Finish__Output | null = null;
+        call.on('data', (message) => {
+          if (message.delta) onDelta(message.delta);
+          else if (message.finish) finish = message.finish;
+        });
+        call.on('error', reject);
+        call.on('end', () => {
+          if (finish) resolve(finish);
+          else reject(new Error('the server closed the stream without a finish message'));
+        });
+      }),
+    score: async (request) =>
+      must(await promisify<ScoreRequest, ScoreResponse__Output | undefined>(generation.score.bind(generation))(request)),
+    logits: (request) =>
+      new Promise((resolve, reject) => {
+        const rows: Float32Array[] = [];
+        const call = generation.logits(request);
+        call.on('data', ({ rows: count, vocabSize, logits }) => {
+          const floats = new Float32Array(Uint8Array.from(logits).buffer);
+          for (let row = 0; row < count; row++) rows.push(floats.subarray(row * vocabSize, (row + 1) * vocabSize));
+        });
+        call.on('error', reject);
+        call.on('end', () => resolve(rows));
+      }),
+    tokenize: (text, asPrompt = false) =>
+      new Promise((resolve, reject) => {
+        generation.tokenize({ text, asPrompt }, (error, response) => (error ? reject(error) : resolve(must(response).ids)));
+      }),
+    status: () =>
+      new Promise((resolve, reject) => {
+        ops.getStatus({}, (error, response) => (error ? reject(error) : resolve(must(response))));
+      }),
+    close() {
+      generation.close();
+      ops.close();
+    },
+  };
+}
+
+function must<T>(value: T | undefined): T {
+  if (value === undefined) throw new Error('the server answered without a message');
+  return value;
+}

@@ -1,0 +1,107 @@
+import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, afterEach, expect, test, vi } from 'vitest';
+import yargs from 'yargs';
+import { CheckpointError, ConfigError } from '../../common/errors.js';
+import { packageRoot } from '../../common/package-root.js';
+import { openStore } from '../../model/store/open-store.js';
+import { importCommand } from './import.js';
+import { inspectCommand } from './inspect.js';
+
+const scratch = mkdtempSync(join(tmpdir(), 'cli-import-'));
+afterAll(() => rmSync(scratch, { recursive: true }));
+afterEach(() => vi.restoreAllMocks());
+
+const tiny = join(packageRoot, 'model/tiny');
+const fromTiny = ['--from', join(tiny, 'sat'), '--config', join(tiny, 'config.json')];
+
+test('import prints a summary, and inspect shows what it made', async () => {
+  const store = join(scratch, 'int4');
+  const imported = await run('import', ...fromTiny, '--to', store, '--quantize', 'int4', '--ranks', '4');
+  expect(imported.stderr).toMatch(/99\/99 tensors, .* of .*: transformer\.final_layernorm\.bias\n$/);
+  expect(imported.stdout).toMatch(new RegExp(`^imported 99 tensors, \\d+ bytes \\(.*\\), in \\d+\\.\\d s to ${store}\n$`));
+  const { tensors } = await openStore(store);
+  expect(tensors.length).toBe(99);
+
+  const shown = (await run('inspect', store)).stdout;
+  expect(shown).toContain('model         6 layers, hidden 256, 4 heads, inner 768, vocabulary 4096, context 512');
+  expect(shown).toContain('weights       INT4, vector-wise for 4 ranks');
+  expect(shown).toContain('world sizes   1, 2, 4');
+  for (const { name, sha256 } of tensors) {
+    expect(shown.split('\n').filter((line) => line.startsWith(name) && line.endsWith(sha256!)).length, name).toBe(1);
+  }
+
+  const json = JSON.parse((await run('inspect', store, '--json', '--verify')).stdout) as Record<string, unknown>;
+  expect(json).toMatchObject({ verified: true, world_sizes: [1, 2, 4], config: { quantization: { bits: 4, group: 'vector', ranks: 4 } } });
+  expect((json['tensors'] as unknown[]).length).toBe(99);
+});
+
+test('inspect --verify names the tensor that changed', async () => {
+  const store = join(scratch, 'damaged');
+  await run('import', ...fromTiny, '--to', store);
+  const { tensors } = await openStore(store);
+  const { file, offset, name } = tensors[7]!;
+  const bytes = readFileSync(file);
+  bytes.writeUInt8(bytes.readUInt8(offset + 10) ^ 0x40, offset + 10);
+  writeFileSync(file, bytes);
+  expect((await run('inspect', store)).stdout).toContain(name); // without --verify data is not read
+  await expect(run('inspect', store, '--verify')).rejects.toThrow(`tensor ${name} in ${file} has SHA-256`);
+});
+
+test.each([
+  { name: 'a target that exists', args: [...fromTiny, '--to', tiny], error: ConfigError, message: 'exists and is not empty' },
+  {
+    name: 'a folder that is no checkpoint',
+    args: ['--from', tiny, '--to', join(scratch, 'x')],
+    error: CheckpointError,
+    message: 'latest does not exist',
+  },
+  {
+    name: 'half a rank',
+    args: [...fromTiny, '--to', join(scratch, 'x'), '--quantize', 'int8', '--ranks', '1.5'],
+    error: ConfigError,
+    message: '--ranks is 1.5, it must be a whole number of at least 1',
+  },
+  {
+    name: 'three bits',
+    args: [...fromTiny, '--to', join(scratch, 'x'), '--quantize', 'int3'],
+    error: Error,
+    message: 'Choices: "int8", "int4"',
+  },
+  { name: 'no target', args: fromTiny, error: Error, message: 'Missing required argument: to' },
+])('$name is an error of one thing', async ({ args, error, message }) => {
+  const failure: unknown = await run('import', ...args).then(
+    () => null,
+    (reason: unknown) => reason,
+  );
+  expect(failure).toBeInstanceOf(error);
+  expect((failure as Error).message).toContain(message);
+  expect(readdirSync(scratch).filter((name) => name === 'x' || name.includes('.partial-'))).toEqual([]);
+});
+
+/** Runs one command as the main program does, and gives back what it printed. */
+async function run(...args: readonly string[]): Promise<{ stdout: string; stderr: string }> {
+  const printed = { stdout: '', stderr: '' };
+  for (const stream of ['stdout', 'stderr'] as const) {
+    vi.spyOn(process[stream], 'write').mockImplementation((chunk) => {
+      printed[stream] += String(chunk);
+      return true;
+    });
+  }
+  try {
+    await yargs([...args])
+      .locale('en')
+      .command(importCommand)
+      .command(inspectCommand)
+      .strict()
+      .exitProcess(false)
+      .fail((message, error) => {
+        throw error ?? new Error(message);
+      })
+      .parseAsync();
+  } finally {
+    vi.restoreAllMocks();
+  }
+  return printed;
+}

@@ -1,0 +1,92 @@
+import type { CommandModule } from 'yargs';
+import { ConfigError } from '../../common/errors.js';
+import { startLocalCluster } from '../local-cluster.js';
+
+interface LogitsArgs {
+  model: string | undefined;
+  tokens: string;
+  bidirectional: number;
+  positions: string | undefined;
+  worldSize: number;
+  threads: number;
+  kvDtype: string;
+  isa: string;
+  all: boolean;
+  json: boolean;
+}
+
+export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
+  command: 'logits',
+  describe: 'Print the logits of a row of tokens: the window for verification',
+  builder: (yargs) =>
+    yargs
+      .option('model', { type: 'string', describe: 'Model store (default: the tiny model)' })
+      .option('tokens', { type: 'string', demandOption: true, describe: 'Token ids, e.g. 5,6,7' })
+      .option('bidirectional', { type: 'number', default: 0, describe: 'The first N tokens see each other; the rest is causal' })
+      .option('positions', { type: 'string', describe: 'Position ids, one for each token (default: 0,1,2,...)' })
+      .option('world-size', { type: 'number', default: 1, describe: 'Tensor-parallel workers to use' })
+      .option('threads', { type: 'number', default: 1, describe: 'Threads of each worker' })
+      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, default: 'fp32', describe: 'Precision of the KV cache' })
+      .option('isa', {
+        choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+        default: 'auto',
+        describe: 'Instruction set of the kernels',
+      })
+      .option('all', { type: 'boolean', default: false, describe: "Every position's logits, not only the last one's" })
+      .option('json', {
+        type: 'boolean',
+        default: true,
+        describe: 'Print {"shape":[rows,V],"logits":[[...]]}; --no-json: the largest ones of each row',
+      }) as never,
+  async handler(args) {
+    const ids = parseIds('--tokens', args.tokens);
+    const positions = args.positions === undefined ? [] : parseIds('--positions', args.positions);
+    if (args.positions !== undefined && positions.length !== ids.length) {
+      throw new ConfigError(`--positions has ${positions.length} entries for ${ids.length} tokens: give one for each`);
+    }
+    if (!Number.isInteger(args.bidirectional) || args.bidirectional < 0 || args.bidirectional > ids.length) {
+      throw new ConfigError(`--bidirectional ${args.bidirectional}: a whole number from 0 to the number of tokens, ${ids.length}`);
+    }
+    const cluster = await startLocalCluster({
+      model: args.model ?? null,
+      worldSize: args.worldSize,
+      threads: args.threads,
+      kvDtype: args.kvDtype === 'fp16' ? 'fp16' : 'fp32',
+      isa: args.isa,
+    });
+    try {
+      const rows = await cluster.client.logits({
+        ids,
+        positions,
+        bidirectionalTokens: args.bidirectional,
+        rows: args.all ? ids.length : 1,
+      });
+      process.stdout.write(args.json ? toJson(rows) : largest(rows, args.all ? 0 : ids.length - 1));
+    } finally {
+      await cluster.close();
+    }
+  },
+};
+
+function toJson(rows: readonly Float32Array[]): string {
+  return `${JSON.stringify({ shape: [rows.length, rows[0]?.length ?? 0], logits: rows.map((row) => Array.from(row)) })}\n`;
+}
+
+function largest(rows: readonly Float32Array[], firstRow: number): string {
+  const lines = rows.map((row, i) => {
+    const best = Array.from(row, (logit, token) => ({ logit, token }))
+      .sort((a, b) => b.logit - a.logit)
+      .slice(0, 5);
+    return `${firstRow + i}: ${best.map(({ token, logit }) => `${token} ${logit.toFixed(4)}`).join('  ')}`;
+  });
+  return `${lines.join('\n')}\n`;
+}
+
+/** @throws ConfigError */
+function parseIds(flag: string, text: string): number[] {
+  return text.split(',').map((part) => {
+    if (!/^\d{1,9}$/.test(part.trim()))
+      throw new ConfigError(`${flag}: "${part}" is no id, write whole numbers with commas, such as 5,6,7`);
+    return Number(part);
+  });
+}

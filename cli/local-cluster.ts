@@ -1,0 +1,71 @@
+import { fork } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { ConfigError } from '../common/errors.js';
+import { packageRoot } from '../common/package-root.js';
+import { connect, type TandemClient } from './client.js';
+import type { ReadyMessage } from './commands/serve.js';
+
+export interface LocalClusterOptions {
+  /** Null: the tiny model. */
+  readonly model: string | null;
+  readonly worldSize?: number;
+  readonly threads?: number;
+  readonly kvDtype?: 'fp16' | 'fp32';
+  readonly kvBlocks?: number;
+  readonly isa?: string;
+  readonly logLevel?: string;
+}
+
+export interface LocalCluster {
+  readonly client: TandemClient;
+  readonly address: string;
+  /** The coordinator's process. */
+  readonly pid: number;
+  close(): Promise<void>;
+}
+
+/** A server of one's own, on a private socket: the same `tandem serve`, ended with its parent. @throws ConfigError with its last line */
+export async function startLocalCluster(options: LocalClusterOptions): Promise<LocalCluster> {
+  const dir = mkdtempSync(join(tmpdir(), 'tandem-cli-'));
+  const { model, worldSize = 1, threads = 1, kvDtype = 'fp16', isa = 'auto', logLevel = 'error' } = options;
+  const args = [
+    ...['serve', '--listen', `unix:${join(dir, 'api.sock')}`, '--world-size', String(worldSize), '--threads', String(threads)],
+    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
+    ...(model === null ? [] : ['--model', model]),
+    ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
+  ];
+  const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, { stdio: ['ignore', 'ignore', 'pipe', 'ipc'], execArgv: [] });
+  let lastLine = '';
+  child.stderr!.setEncoding('utf8').on('data', (text: string) => {
+    lastLine = text.trim().split('\n').at(-1) ?? lastLine;
+    if (logLevel !== 'silent') process.stderr.write(text.startsWith('tandem: ') ? '' : text);
+  });
+  const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+  const close = async (): Promise<void> => {
+    if (child.connected) child.disconnect();
+    await exited;
+    rmSync(dir, { recursive: true, force: true });
+  };
+  try {
+    const address = await new Promise<string>((resolve, reject) => {
+      child.once('message', (message) => resolve((message as ReadyMessage).address));
+      child.once('error', reject);
+      child.once('close', () => reject(new ConfigError(lastLine.replace(/^tandem: /, '') || 'the server ended before it was ready')));
+    });
+    const client = await connect(address);
+    return {
+      client,
+      address,
+      pid: child.pid!,
+      close: async () => {
+        client.close();
+        await close();
+      },
+    };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}
