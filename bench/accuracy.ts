@@ -63,7 +63,13 @@ process.stdout.write(
 );
 process.exitCode = isWrong ? 1 : 0;
 
-function add(precision: string, worldSize: number, set: string, correct: boolean[], [metrics, count]: [Record<string, number>, number]): void {
+function add(
+  precision: string,
+  worldSize: number,
+  set: string,
+  correct: boolean[],
+  [metrics, count]: [Record<string, number>, number],
+): void {
   if (correct.length !== count) throw new Error(`${set} has ${correct.length} items, the reference ${count}`);
   const measured = (100 * correct.filter(Boolean).length) / count;
   const expected = metrics['EM'] ?? metrics['Accuracy']!;
@@ -74,10 +80,13 @@ function add(precision: string, worldSize: number, set: string, correct: boolean
 }
 
 function blankAccuracy(client: TandemClient, set: string): Promise<boolean[]> {
-  return inParallel(readLines<{ inputs: number[]; targets_pretokenized: string[] }>(set), async ({ inputs, targets_pretokenized: targets }) => {
-    const finish = await client.generate({ ids: { ids: inputs }, mode: 'MODE_MASK', temperature: 0, maxNewTokens: 12 });
-    return targets.some((target) => exactMatch(finish.outputs[0]!.blanks[0]!.text, target));
-  });
+  return inParallel(
+    readLines<{ inputs: number[]; targets_pretokenized: string[] }>(set),
+    async ({ inputs, targets_pretokenized: targets }) => {
+      const finish = await client.generate({ ids: { ids: inputs }, mode: 'MODE_MASK', temperature: 0, maxNewTokens: 12 });
+      return targets.some((target) => exactMatch(finish.outputs[0]!.blanks[0]!.text, target));
+    },
+  );
 }
 
 function choiceAccuracy(client: TandemClient, set: string): Promise<boolean[]> {

@@ -123,7 +123,13 @@ async function measureOnce(client: TandemClient, model: ModelCase, seed: number)
 /** A random prompt, and exactly `newTokens` greedy ones after it. */
 async function generate(client: TandemClient, model: ModelCase, promptTokens: number, newTokens: number, seed: number) {
   const ids = Array.from({ length: promptTokens }, (_, i) => 100 + ((seed * 7919 + i * 104729) % Math.min(3000, model.vocabSize - 200)));
-  const finish = await client.generate({ ids: { ids }, mode: 'MODE_GMASK', temperature: 0, maxNewTokens: newTokens, endTokens: { ids: [] } });
+  const finish = await client.generate({
+    ids: { ids },
+    mode: 'MODE_GMASK',
+    temperature: 0,
+    maxNewTokens: newTokens,
+    endTokens: { ids: [] },
+  });
   if (finish.usage!.generatedTokens !== newTokens) throw new Error(`${finish.usage!.generatedTokens} tokens instead of ${newTokens}`);
   return finish.timings!;
 }
@@ -145,7 +151,16 @@ function report(): void {
     `${gigabytes(each.decodeTokensPerSecond * each.bytesPerToken)} GB/s`,
     `${(each.decodeBandwidthFraction * 100).toFixed(0)}%`,
   ]);
-  const header = ['model', 'workers x threads', 'prefill tok/s (tokens)', 'decode tok/s', `decode tok/s, ${BATCH} streams`, 'weights per token', 'decode reads', 'of bandwidth'];
+  const header = [
+    'model',
+    'workers x threads',
+    'prefill tok/s (tokens)',
+    'decode tok/s',
+    `decode tok/s, ${BATCH} streams`,
+    'weights per token',
+    'decode reads',
+    'of bandwidth',
+  ];
   process.stdout.write(
     `${cpu}, ${addon.build.isa}; medians of ${options.repeats}\n` +
       `memory read bandwidth: ${gigabytes(bandwidth.oneThread)} GB/s with 1 thread, ${gigabytes(bandwidth.twoThreads)} GB/s with 2\n\n` +

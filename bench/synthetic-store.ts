@@ -56,7 +56,8 @@ export async function writeSyntheticStore(dir: string, config: ModelConfig): Pro
     let total = 0;
     for (const { name, dtype, shape, fill } of plan) {
       const bytes = tensorBytes(dtype, shape);
-      for (let offset = 0; offset < bytes; offset += PIECE_BYTES) await writer.append(name, pieces[fill].subarray(0, Math.min(PIECE_BYTES, bytes - offset)));
+      for (let offset = 0; offset < bytes; offset += PIECE_BYTES)
+        await writer.append(name, pieces[fill].subarray(0, Math.min(PIECE_BYTES, bytes - offset)));
       total += bytes;
     }
     await writer.commit({ config, quantization: { bits: 4, group: 'vector', ranks: SCALE_RANKS }, tokenizerPath: null });

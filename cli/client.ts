@@ -12,7 +12,8 @@ import type { Status__Output } from '../proto/generated/tandem/v1/Status.js';
 
 /** A server's public API as plain functions; failures are gRPC ServiceErrors. */
 export interface TandemClient {
-  generate(request: GenerateRequest, onDelta?: (delta: Delta__Output) => void): Promise<Finish__Output>;
+  /** Aborting the signal cancels the request. */
+  generate(request: GenerateRequest, onDelta?: (delta: Delta__Output) => void, signal?: AbortSignal): Promise<Finish__Output>;
   score(request: ScoreRequest): Promise<ScoreResponse__Output>;
   /** One array of vocabulary size for each reported row. */
   logits(request: LogitsRequest): Promise<Float32Array[]>;
@@ -35,9 +36,10 @@ export async function connect(address: string): Promise<TandemClient> {
     });
   });
   return {
-    generate: (request, onDelta = () => {}) =>
+    generate: (request, onDelta = () => {}, signal) =>
       new Promise((resolve, reject) => {
         const call = generation.generate(request);
+        signal?.addEventListener('abort', () => call.cancel());
         let finish: Finish__Output | null = null;
         call.on('data', (message) => {
           if (message.delta) onDelta(message.delta);

@@ -16,6 +16,7 @@ export interface LocalClusterOptions {
   readonly kvBlocks?: number;
   readonly isa?: string;
   readonly logLevel?: string;
+  readonly stepTimeoutMs?: number;
 }
 
 export interface LocalCluster {
@@ -23,6 +24,8 @@ export interface LocalCluster {
   readonly address: string;
   /** The coordinator's process. */
   readonly pid: number;
+  /** When the server has ended, by whatever. */
+  readonly exited: Promise<void>;
   close(): Promise<void>;
 }
 
@@ -35,6 +38,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
+    ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),
   ];
   const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, { stdio: ['ignore', 'ignore', 'pipe', 'ipc'], execArgv: [] });
   let lastLine = '';
@@ -59,6 +63,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
       client,
       address,
       pid: child.pid!,
+      exited,
       close: async () => {
         client.close();
         await close();

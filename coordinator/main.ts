@@ -53,6 +53,7 @@ const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
 const HEARTBEAT_MS = 1000;
+const SHUTDOWN_GRACE_MS = 1000;
 const MAX_RESTARTS_PER_MINUTE = 5;
 
 /** Starts coordinator and workers; resolves when the first epoch is ready and the public API listens. */
@@ -102,7 +103,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     (closing ??= (async () => {
       log.info('stopping');
       await Promise.all([loop?.close(), group.close()]);
-      publicServer?.forceShutdown();
+      if (publicServer) await shutDown(publicServer);
       await supervisor?.close();
       linkServer.forceShutdown();
     })());
@@ -154,4 +155,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     await close();
     throw error;
   }
+}
+
+/** Lets the last messages reach the clients. */
+async function shutDown(server: Server): Promise<void> {
+  const timer = setTimeout(() => server.forceShutdown(), SHUTDOWN_GRACE_MS);
+  await new Promise<void>((resolve) => server.tryShutdown(() => resolve()));
+  clearTimeout(timer);
 }

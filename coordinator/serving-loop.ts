@@ -11,6 +11,8 @@ import {
   forkSequence,
   loseCache,
   prepareRun,
+  recomputedBlocks,
+  refreshCache,
   releaseSequence,
   type Run,
   type SequenceState,
@@ -205,7 +207,10 @@ export class ServingLoop {
 
   private planStep(): PlannedRun[] {
     const toPending = (active: Active): PendingExtend[] =>
-      active.pending.map(({ extendId, sequence }) => ({ id: extendId, runTokens: sequence.length - sequence.cachedTokens }));
+      active.pending.map(({ extendId, sequence }) => {
+        refreshCache(sequence, this.blocks);
+        return { id: extendId, runTokens: sequence.length - sequence.cachedTokens };
+      });
     const plan = schedule(
       {
         pending: [...this.running.values()].flatMap(toPending),
@@ -221,10 +226,15 @@ export class ServingLoop {
       this.running.set(id, active);
     }
     const chosen = new Set(plan.run);
+    const recomputed = new Set<number>();
     const runs: PlannedRun[] = [];
     for (const active of this.running.values()) {
       for (const { extendId, op, sequence } of active.pending) {
-        if (chosen.has(extendId)) runs.push({ ...prepareRun(sequence, this.blocks), active, extendId, op });
+        if (!chosen.has(extendId)) continue;
+        const again = recomputedBlocks(sequence, this.blocks);
+        if (again.some((block) => recomputed.has(block))) continue; // in the next step it finds them computed
+        for (const block of again) recomputed.add(block);
+        runs.push({ ...prepareRun(sequence, this.blocks), active, extendId, op });
       }
     }
     return runs;
@@ -240,7 +250,7 @@ export class ServingLoop {
         positions: sequence.positions.slice(firstToken),
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
-        bidirectionalTokens: firstToken === 0 ? sequence.bidirectionalTokens : 0,
+        bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
         want: op.want,
       })),
     });
@@ -252,7 +262,7 @@ export class ServingLoop {
     this.totals.collectiveMs += step.collectiveMs;
     const touched = new Set<Active>();
     runs.forEach((run, i) => {
-      applyRun(run);
+      applyRun(run, this.blocks);
       run.active.results.set(run.extendId, step.results[i]!);
       run.active.pending = run.active.pending.filter(({ extendId }) => extendId !== run.extendId);
       if (run.op.want.kind !== 'none') run.active.firstResultMs ??= this.now();
@@ -310,6 +320,7 @@ export class ServingLoop {
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
   private async recover(ended: EpochEndedError): Promise<void> {
     this.log.warn({ running: this.running.size, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
+    this.blocks.loseContents();
     for (const active of this.running.values()) for (const sequence of active.sequences.values()) loseCache(sequence);
     try {
       await this.engine.ready();

@@ -59,14 +59,26 @@ describe.each([
     const logits = readGolden<{ cases: { tokens: number[]; position_ids: number[]; logits: GoldenFloats }[] }>('tiny/logits.json');
     for (const { tokens, position_ids: positions, logits: expected } of logits.cases) {
       const rows = await client.logits({ ids: tokens, positions, bidirectionalTokens: tokens.length - 1, rows: 4 });
-      expect(maxDifference(rows.flatMap((row) => Array.from(row)), floats(expected))).toBeLessThan(LOGITS);
+      expect(
+        maxDifference(
+          rows.flatMap((row) => Array.from(row)),
+          floats(expected),
+        ),
+      ).toBeLessThan(LOGITS);
     }
   });
 
   test('pieces arrive as they are generated, and joined they are the blanks', async () => {
     const deltas: { blank: number; text: string }[] = [];
-    const finish = await client.generate({ text: '中国的首都是[MASK]，中国在[MASK]。', temperature: 0 }, ({ blank, text }) => deltas.push({ blank, text }));
-    const joined = [0, 1].map((blank) => deltas.filter((delta) => delta.blank === blank).map(({ text }) => text).join(''));
+    const finish = await client.generate({ text: '中国的首都是[MASK]，中国在[MASK]。', temperature: 0 }, ({ blank, text }) =>
+      deltas.push({ blank, text }),
+    );
+    const joined = [0, 1].map((blank) =>
+      deltas
+        .filter((delta) => delta.blank === blank)
+        .map(({ text }) => text)
+        .join(''),
+    );
     expect(joined).toEqual(finish.outputs[0]!.blanks.map(({ text }) => text));
     expect(joined).toEqual(['北京', '亚洲']);
     expect(finish.usage).toMatchObject({ generatedTokens: expect.any(Number) as number });
@@ -83,7 +95,15 @@ describe('the same request gives the same tokens', () => {
 
   const prompts = cases.filter(({ strategy }) => strategy === 'greedy').map(({ text }) => text);
   const idsOf = async (text: string, temperature: number, seed: number) => {
-    const finish = await cluster.client.generate({ text, temperature, topP: temperature > 0 ? 0.9 : 0, seed, maxNewTokens: 24, logprobs: 2, n: temperature > 0 ? 2 : 1 });
+    const finish = await cluster.client.generate({
+      text,
+      temperature,
+      topP: temperature > 0 ? 0.9 : 0,
+      seed,
+      maxNewTokens: 24,
+      logprobs: 2,
+      n: temperature > 0 ? 2 : 1,
+    });
     return finish.outputs.map(({ ids }) => ids);
   };
 
@@ -108,14 +128,15 @@ describe('the same request gives the same tokens', () => {
   });
 
   test('log-probabilities have the same bits alone and in a batch', async () => {
-    const ask = (text: string) => new Promise<number[]>((resolve, reject) => {
-      const logprobs: number[] = [];
-      cluster.client
-        .generate({ text, temperature: 0, maxNewTokens: 16, logprobs: 3 }, (delta) => {
-          for (const token of delta.logprobs) logprobs.push(token.logprob, ...token.top.map(({ logprob }) => logprob));
-        })
-        .then(() => resolve(logprobs), reject);
-    });
+    const ask = (text: string) =>
+      new Promise<number[]>((resolve, reject) => {
+        const logprobs: number[] = [];
+        cluster.client
+          .generate({ text, temperature: 0, maxNewTokens: 16, logprobs: 3 }, (delta) => {
+            for (const token of delta.logprobs) logprobs.push(token.logprob, ...token.top.map(({ logprob }) => logprob));
+          })
+          .then(() => resolve(logprobs), reject);
+      });
     const text = 'Anna had a dog named Lucky. One day, Lucky ran away. [gMASK]';
     const alone = await ask(text);
     const [together] = await Promise.all([ask(text), ...prompts.slice(0, 32).map(ask)]);

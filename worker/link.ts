@@ -19,7 +19,7 @@ export interface LinkOptions {
 }
 
 /** Why the link ended: the coordinator said so, or it (or this worker's engine) broke. */
-export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'aborted' } | { readonly kind: 'broken'; readonly reason: string };
+export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'dismissed' } | { readonly kind: 'broken'; readonly reason: string };
 
 /**
  * Runs the coordinator's commands on this rank, in order, until the link ends. Ranks that run different steps hang in their
@@ -31,13 +31,16 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
     let epoch = 0;
     let lastStep = 0;
     let heartbeat: NodeJS.Timeout | null = null;
+    let isEnded = false;
 
     const end = (how: LinkEnd): void => {
+      isEnded = true;
       if (heartbeat) clearInterval(heartbeat);
       engine?.abort();
       resolve(how);
     };
     const fail = (error: unknown): void => {
+      if (isEnded) return; // what an aborted engine still has to say is known
       const message = error instanceof Error ? error.message : String(error);
       log.error({ epoch }, message);
       link.write({ error: { epoch, code: error instanceof TandemError ? error.code : 'ENGINE', message } });
@@ -56,7 +59,7 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
 
     link.on('data', (message: CoordinatorMessage__Output) => {
       if (message.assignment) load(message.assignment).catch(fail);
-      else if (message.abort) end({ kind: 'aborted' });
+      else if (message.abort) end({ kind: 'dismissed' });
       else if (message.shutdown) end({ kind: 'shutdown' });
       else if (message.step) {
         const { stepId } = message.step;

@@ -14,8 +14,11 @@ export interface WorkerOptions {
   readonly connectTimeoutMs: number;
 }
 
-/** One rank, until the coordinator ends it. Resolves after a shutdown; rejects where the process should end with an error. */
-export async function runWorker(options: WorkerOptions): Promise<void> {
+/**
+ * One rank, until the coordinator ends it: by a shutdown, or because the epoch is over and the rank has to be started again.
+ * Rejects where something is wrong.
+ */
+export async function runWorker(options: WorkerOptions): Promise<'shutdown' | 'dismissed'> {
   if (!Number.isInteger(options.rank) || options.rank < 0) throw new ConfigError(`--rank ${options.rank}: ranks count from 0`);
   const log = createLogger('worker', options.logLevel).child({ rank: options.rank });
   const client = new WorkerLink(clientAddress(options.coordinator), clientCredentials(), LINK_CHANNEL_OPTIONS);
@@ -28,7 +31,8 @@ export async function runWorker(options: WorkerOptions): Promise<void> {
     });
     const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, log });
     if (end.kind === 'broken') throw new WorkerLostError(`link to ${options.coordinator} ended: ${end.reason}`);
-    if (end.kind === 'aborted') throw new WorkerLostError('the epoch was aborted, this rank has to be started again');
+    log.info(`ended by the coordinator: ${end.kind}`);
+    return end.kind;
   } finally {
     client.close();
   }

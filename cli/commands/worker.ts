@@ -2,6 +2,9 @@ import type { CommandModule } from 'yargs';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { runWorker } from '../../worker/main.js';
 
+/** EX_TEMPFAIL of sysexits.h: whoever supervises this process should start it again. */
+const EXIT_START_AGAIN = 75;
+
 interface WorkerArgs {
   coordinator: string;
   rank: number;
@@ -22,13 +25,14 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
     // A terminal's Ctrl-C reaches the whole process group; the coordinator decides when its workers leave.
     process.on('SIGINT', () => {});
     process.once('SIGTERM', () => process.exit(0));
-    await runWorker({
+    const end = await runWorker({
       coordinator: args.coordinator,
       rank: args.rank,
       token: process.env['TANDEM_WORKER_TOKEN'] ?? '',
       logLevel: args.logLevel as LogLevel,
       connectTimeoutMs: args.connectTimeoutMs,
     });
-    process.exit(0); // the native engine's thread may still be inside a step that nobody waits for
+    // At once: the native engine's thread may still be inside a step that nobody waits for.
+    process.exit(end === 'shutdown' ? 0 : EXIT_START_AGAIN);
   },
 };

@@ -1,11 +1,11 @@
 import { InvalidRequestError } from '../../common/errors.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import { generate } from '../generation/blank-filling.js';
+import { contextOf, generate } from '../generation/blank-filling.js';
 import { logits, type LogitsRequest } from '../generation/logits.js';
 import type { GenerationDelta, GenerationRequest, GenerationResult, ScoreRequest, ScoreResult } from '../generation/request.js';
-import { generationBlocks, scoreBlocks } from '../generation/requirements.js';
-import { score } from '../generation/scoring.js';
+import { generationRequirements, scoreRequirements } from '../generation/requirements.js';
+import { score, scoredTokens } from '../generation/scoring.js';
 import type { ServingLoop, Ticket } from '../serving-loop.js';
 
 /** What the APIs can ask of the loop: requests in, tickets out, no wire types. */
@@ -20,10 +20,11 @@ export class ServingService {
   /** @throws TandemError at once where the request can not be taken */
   generate(request: GenerationRequest, onDelta: (delta: GenerationDelta) => void): Ticket<GenerationResult> {
     const model = { config: this.config, tokenizer: this.tokenizer };
+    const context = contextOf(request, model);
     return this.counted(
       this.loop.submit({
-        reserveBlocks: generationBlocks(request, model, this.blockSize),
-        start: (sequences) => generate(request, model, sequences, onDelta),
+        reserveBlocks: generationRequirements(request, model, this.blockSize, context).blocks,
+        start: (sequences) => generate(request, model, sequences, onDelta, context),
       }),
       (result) => this.loop.countTokens(result.promptTokens, result.generatedTokens),
     );
@@ -31,10 +32,11 @@ export class ServingService {
 
   score(request: ScoreRequest): Ticket<ScoreResult> {
     const model = { config: this.config, tokenizer: this.tokenizer };
+    const tokens = scoredTokens(request, model);
     return this.counted(
       this.loop.submit({
-        reserveBlocks: scoreBlocks(request, model, this.blockSize),
-        start: (sequences) => score(request, model, sequences),
+        reserveBlocks: scoreRequirements(request, model, this.blockSize, tokens).blocks,
+        start: (sequences) => score(request, model, sequences, tokens),
       }),
       (result) => this.loop.countTokens(result.contextTokens, 0),
     );

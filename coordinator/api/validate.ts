@@ -77,6 +77,7 @@ export function toScoreRequest(wire: ScoreRequest__Output): ScoreRequest {
   return {
     prompt: toPrompt(wire),
     mode: toMode(wire.mode, 'mask'),
+    multitaskEncoding: wire.multitaskEncoding,
     choices: atMost('choices', wire.choices, REQUEST_LIMITS.choices).map((choice, i) => toPrompt(choice, `choices[${i}]`)),
   };
 }
@@ -120,6 +121,7 @@ function toBeams(wire: BeamSearch__Output): BeamParams {
     noRepeatNgramSize: wire.noRepeatNgramSize,
     deterministic: wire.deterministic,
     considerEnd: wire.considerEnd ?? true,
+    ...(wire.paddedLength > 0 ? { paddedLength: wire.paddedLength } : {}),
     bannedPrefixes: prefixes.map(({ ids }, i) => {
       if (ids.length === 0) throw new InvalidRequestError(`beam_search.banned_prefixes[${i}] is empty`);
       return atMost(`beam_search.banned_prefixes[${i}]`, ids, REQUEST_LIMITS.bannedPrefixTokens);

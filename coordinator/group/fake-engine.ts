@@ -41,6 +41,7 @@ export class FakeEngine implements Engine {
     const runTokens = step.extends.reduce((sum, { tokens }) => sum + tokens.length, 0);
     if (runTokens > this.options.maxBatchTokens) throw new Error(`a step of ${runTokens} tokens`);
     this.history.push(step.extends);
+    this.refuseSharedWrites(step.extends);
     this.copyBlocks(step.blockCopies);
     for (const extend of step.extends) this.write(extend);
     return { results: step.extends.map((extend) => this.evaluate(extend)), computeMs: 1, collectiveMs: 0 };
@@ -48,6 +49,17 @@ export class FakeEngine implements Engine {
 
   async ready(): Promise<void> {}
   async close(): Promise<void> {}
+
+  private refuseSharedWrites(extendsOfStep: readonly EngineExtend[]): void {
+    const written = new Set<number>();
+    for (const { blockTable, cachedTokens, tokens } of extendsOfStep) {
+      const { blockSize } = this.options;
+      for (const block of blockTable.slice(Math.floor(cachedTokens / blockSize), Math.ceil((cachedTokens + tokens.length) / blockSize))) {
+        if (written.has(block)) throw new Error(`block ${block} is written by two Extends of a step`);
+        written.add(block);
+      }
+    }
+  }
 
   private copyBlocks(pairs: readonly number[]): void {
     const { blockSize } = this.options;

@@ -14,7 +14,7 @@ export interface SupervisorOptions {
 }
 
 /** How long a worker may take to leave after it was asked to, before it is killed. */
-const EXIT_GRACE_MS = 5_000;
+const EXIT_GRACE_MS = 2_000;
 /** Pause before a restart, so that a worker that dies at once does not fill the log. */
 const RESTART_DELAY_MS = 200;
 const MINUTE_MS = 60_000;

@@ -281,7 +281,8 @@ export class WorkerGroup implements Engine {
   }
 
   private endEpoch(reason: string): void {
-    if (this.assigned) this.options.log.warn({ epoch: this.epochNumber }, `epoch ended: ${reason}`);
+    if (this.assigned && !(this.failure instanceof NotReadyError))
+      this.options.log.warn({ epoch: this.epochNumber }, `epoch ended: ${reason}`);
     this.assigned = false;
     this.ranks.forEach((rank, index) => {
       if (rank === null) return;

@@ -8,6 +8,8 @@ import {
   forkSequence,
   loseCache,
   prepareRun,
+  recomputedBlocks,
+  refreshCache,
   releaseSequence,
   type SequenceState,
 } from './sequence.js';
@@ -24,7 +26,7 @@ test('a fork copies the last block only when one of the two writes into it', () 
   const blocks = new BlockManager(8, 4);
   const parent = createSequence(1);
   appendTokens(parent, extendBy(6, parent));
-  applyRun(prepareRun(parent, blocks));
+  applyRun(prepareRun(parent, blocks), blocks);
   expect(blocks.usedBlocks).toBe(2);
 
   const child = forkSequence(2, parent, blocks);
@@ -35,7 +37,7 @@ test('a fork copies the last block only when one of the two writes into it', () 
   const run = prepareRun(child, blocks);
   expect(run.blockCopies).toEqual([partial, child.blocks[1]]);
   expect(child.blocks[0]).toBe(full);
-  applyRun(run);
+  applyRun(run, blocks);
 
   appendTokens(parent, extendBy(1, parent));
   expect(prepareRun(parent, blocks).blockCopies).toEqual([]); // the only holder by now
@@ -45,26 +47,37 @@ test('a fork at a block border copies nothing', () => {
   const blocks = new BlockManager(8, 4);
   const parent = createSequence(1);
   appendTokens(parent, extendBy(4, parent));
-  applyRun(prepareRun(parent, blocks));
+  applyRun(prepareRun(parent, blocks), blocks);
   const child = forkSequence(2, parent, blocks);
   appendTokens(child, extendBy(1, child));
   expect(prepareRun(child, blocks).blockCopies).toEqual([]);
 });
 
-test('after a lost cache the whole history runs again, and new tokens still get a block of their own', () => {
+test('after a lost cache a fork computes only what its sibling has not computed in their shared blocks', () => {
   const blocks = new BlockManager(8, 4);
   const parent = createSequence(1);
   appendTokens(parent, extendBy(6, parent));
-  applyRun(prepareRun(parent, blocks));
+  applyRun(prepareRun(parent, blocks), blocks);
   const child = forkSequence(2, parent, blocks);
-  loseCache(parent);
-  loseCache(child);
   appendTokens(child, extendBy(1, child));
-  const run = prepareRun(child, blocks);
-  expect(run.firstToken).toBe(0);
-  expect(run.blockCopies).toEqual([]); // there is nothing to copy, the run computes it
-  expect(child.blocks[0]).toBe(parent.blocks[0]);
-  expect(child.blocks[1]).not.toBe(parent.blocks[1]);
+  applyRun(prepareRun(child, blocks), blocks);
+
+  blocks.loseContents();
+  for (const sequence of [parent, child]) {
+    loseCache(sequence);
+    refreshCache(sequence, blocks);
+    appendTokens(sequence, extendBy(1, sequence));
+  }
+  expect(recomputedBlocks(parent, blocks)).toEqual(parent.blocks);
+  expect(recomputedBlocks(child, blocks)).toContain(parent.blocks[0]); // not in the same step
+  const run = prepareRun(parent, blocks);
+  expect(run).toMatchObject({ firstToken: 0, blockCopies: [] });
+  applyRun(run, blocks);
+
+  refreshCache(child, blocks);
+  expect(child.cachedTokens).toBe(4);
+  expect(recomputedBlocks(child, blocks)).toEqual([child.blocks[1]]);
+  expect(prepareRun(child, blocks)).toMatchObject({ firstToken: 4, blockCopies: [] });
 });
 
 test('running out of blocks names the defect', () => {
@@ -97,10 +110,12 @@ test('whatever is done, used and free blocks make up the total, and released seq
         const sequence = sequences[index]!;
         if (kind === 'extend') {
           appendTokens(sequence, extendBy(count, sequence));
-          applyRun(prepareRun(sequence, blocks));
+          applyRun(prepareRun(sequence, blocks), blocks);
         } else if (kind === 'fork') sequences.push(forkSequence(nextId++, sequence, blocks));
-        else if (kind === 'lose') sequences.forEach(loseCache);
-        else {
+        else if (kind === 'lose') {
+          blocks.loseContents();
+          sequences.forEach(loseCache);
+        } else {
           releaseSequence(sequence, blocks);
           sequences.splice(index, 1);
         }

@@ -14,7 +14,7 @@ export interface SequenceState extends Sequence {
   readonly blocks: number[];
   /** The first tokens whose K and V are in the workers' caches now. */
   cachedTokens: number;
-  /** The first tokens whose blocks are settled, perhaps shared with forks: they never change, but may have to be computed again. */
+  /** The first tokens that were computed once. Their blocks, perhaps shared with forks, never change, but may have to be computed again. */
   settledTokens: number;
 }
 
@@ -79,7 +79,7 @@ export function releaseSequence(sequence: SequenceState, blocks: BlockManager): 
 
 /**
  * Gets the blocks for everything that is not cached. A shared block that is about to receive new tokens is replaced by a
- * copy; blocks below `settledTokens` may be written while shared, because recomputing them gives the same bits.
+ * copy; settled tokens may be computed again in shared blocks, because they come out with the same bits.
  */
 export function prepareRun(sequence: SequenceState, blocks: BlockManager): Run {
   const { blockSize } = blocks;
@@ -98,12 +98,28 @@ export function prepareRun(sequence: SequenceState, blocks: BlockManager): Run {
 }
 
 /** After the step that ran it. */
-export function applyRun(run: Run): void {
-  run.sequence.cachedTokens = run.sequence.length;
-  run.sequence.settledTokens = run.sequence.length;
+export function applyRun({ sequence, firstToken }: Run, blocks: BlockManager): void {
+  sequence.cachedTokens = sequence.length;
+  sequence.settledTokens = sequence.length;
+  for (const block of sequence.blocks.slice(Math.floor(firstToken / blocks.blockSize))) blocks.markFilled(block);
 }
 
-/** The workers' caches are gone; the history and the blocks are kept, and the next run computes everything again. */
+/** Once {@link BlockManager.loseContents} was called: the next run computes everything again that no other sequence has computed by then. */
 export function loseCache(sequence: SequenceState): void {
   sequence.cachedTokens = 0;
+}
+
+/** Counts in what other sequences have computed in shared blocks since the caches were lost. */
+export function refreshCache(sequence: SequenceState, blocks: BlockManager): void {
+  if (sequence.cachedTokens === sequence.settledTokens) return;
+  let tokens = sequence.cachedTokens;
+  while (tokens < sequence.settledTokens && blocks.isFilled(sequence.blocks[Math.floor(tokens / blocks.blockSize)]!))
+    tokens += blocks.blockSize;
+  sequence.cachedTokens = Math.min(tokens, sequence.settledTokens);
+}
+
+/** Blocks of settled tokens that the next run computes again: no two runs of a step may have one in common. */
+export function recomputedBlocks(sequence: SequenceState, blocks: BlockManager): readonly number[] {
+  if (sequence.cachedTokens === sequence.settledTokens) return [];
+  return sequence.blocks.slice(Math.floor(sequence.cachedTokens / blocks.blockSize));
 }

@@ -1,0 +1,92 @@
+import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
+import { type BlankContext, prefill } from './blank-context.js';
+import { BlankText, type FinalPart } from './blank-text.js';
+import type { FinishReason, TokenLogprob } from './request.js';
+import type { Sequence, Sequences, StepSampling, Strategy, Want } from './strategy.js';
+
+export interface Span {
+  readonly context: BlankContext;
+  readonly sampling: Omit<StepSampling, 'bannedTokens'>;
+  readonly endTokens: readonly number[];
+  readonly bannedTokens: readonly number[];
+  /** End tokens are banned for that many tokens. */
+  readonly minNewTokens: number;
+  /** At least 1. */
+  readonly maxNewTokens: number;
+  readonly stopStrings: readonly string[];
+  /** How many best tokens of each step are reported. */
+  readonly topLogprobs: number;
+  readonly seed: bigint;
+  /** Index of the sample in the request. */
+  readonly stream: number;
+  /** Tokens drawn for this sample's earlier blanks: no noise is used twice. */
+  readonly firstDraw: number;
+  readonly tokenizer: Tokenizer | null;
+  readonly emit: (part: FinalPart) => void;
+}
+
+export interface SpanResult {
+  /** Without the end token. */
+  readonly tokens: readonly number[];
+  readonly text: string;
+  readonly finish: FinishReason;
+  /** Tokens drawn: an end token and what a stop string cut off included. */
+  readonly draws: number;
+}
+
+/**
+ * Fills one blank of one sample, token by token (model-spec section 4), until an end token, a stop string or the length limit.
+ *
+ * @param sequence holds the first `cached` tokens of the context, 0 or all but the last; it is released
+ */
+export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: number, span: Span): Strategy<SpanResult> {
+  const blank = new BlankText(span.tokenizer, span.stopStrings);
+  let finish: FinishReason = 'length';
+  let draws = 0;
+  let op = prefill(sequence, span.context, wantSample(span, 0), cached);
+  while (true) {
+    const [result] = yield [op];
+    if (result?.kind !== 'sample') throw new Error(`an Extend that wanted a sample gave ${result?.kind ?? 'nothing'}`);
+    draws += 1;
+    if (span.endTokens.includes(result.token)) {
+      finish = 'end';
+      break;
+    }
+    const { part, isStopped } = blank.push(tokenLogprob(result));
+    emitPart(span, part);
+    if (isStopped) {
+      finish = 'stop';
+      break;
+    }
+    if (draws === span.maxNewTokens) break;
+    const positions = [span.context.positionOf(draws - 1)];
+    op = { sequence, tokens: [result.token], positions, bidirectionalTokens: 0, want: wantSample(span, draws) };
+  }
+  sequences.release(sequence);
+  if (finish !== 'stop') {
+    const { part, isStopped } = blank.finish();
+    emitPart(span, part);
+    if (isStopped) finish = 'stop';
+  }
+  return { ...blank.result(), finish, draws };
+}
+
+function wantSample(span: Span, draw: number): Want {
+  const bannedTokens = draw < span.minNewTokens ? [...span.bannedTokens, ...span.endTokens] : span.bannedTokens;
+  const noise = { seed: span.seed, stream: span.stream, position: span.firstDraw + draw };
+  return { kind: 'sample', params: { ...span.sampling, bannedTokens }, noise, topLogprobs: span.topLogprobs };
+}
+
+function tokenLogprob(result: {
+  token: number;
+  logprob: number;
+  topTokens: readonly number[];
+  topLogprobs: readonly number[];
+}): TokenLogprob {
+  const top = result.topTokens.map((token, i) => ({ token, logprob: result.topLogprobs[i]! }));
+  return { token: result.token, logprob: result.logprob, top };
+}
+
+function emitPart(span: Span, part: FinalPart): void {
+  if (part.text !== '' || part.tokens.length > 0) span.emit(part);
+}

@@ -1,0 +1,75 @@
+/**
+ * What a generation strategy is written against: sequences that can be extended, forked and released, and the results of
+ * Extends. A strategy is a generator: it yields the Extends that it wants next and is resumed with their results, in the
+ * same order. It knows no clock, queue, block or worker.
+ */
+export type Strategy<R> = Generator<readonly ExtendOp[], R, readonly ExtendResult[]>;
+
+/** One token stream with its KV cache; made by {@link Sequences}. */
+export interface Sequence {
+  readonly id: number;
+  /** Tokens appended so far, those of not yet executed Extends included. */
+  readonly length: number;
+}
+
+export interface Sequences {
+  create(): Sequence;
+  /** A sequence with the same tokens that shares the parent's KV blocks until one of the two writes. */
+  fork(parent: Sequence): Sequence;
+  /** Gives the blocks back. Whatever a strategy leaves over is released when it ends. */
+  release(sequence: Sequence): void;
+}
+
+export interface ExtendOp {
+  readonly sequence: Sequence;
+  readonly tokens: readonly number[];
+  readonly positions: readonly number[];
+  /** Token i of the run sees all earlier tokens of the sequence and run tokens j with j <= i or j < bidirectionalTokens. */
+  readonly bidirectionalTokens: number;
+  readonly want: Want;
+}
+
+export type Want =
+  | { readonly kind: 'none' }
+  | { readonly kind: 'sample'; readonly params: StepSampling; readonly noise: Noise; readonly topLogprobs: number }
+  /** The `count` largest log-probabilities after banning, or `count` draws without replacement where `noise` is given. */
+  | { readonly kind: 'candidates'; readonly count: number; readonly bannedTokens: readonly number[]; readonly noise: Noise | null }
+  /** Log-probabilities of these tokens, one for each of the last rows of the run. */
+  | { readonly kind: 'targets'; readonly tokens: readonly number[] }
+  /** Raw logits of the last `rows` rows. */
+  | { readonly kind: 'logits'; readonly rows: number };
+
+/** Temperature 0 takes the largest logit, the lowest id among equals. */
+export interface StepSampling {
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+  readonly bannedTokens: readonly number[];
+}
+
+/** Key of the counter-based noise: equal keys draw alike, whatever else runs. */
+export interface Noise {
+  readonly seed: bigint;
+  readonly stream: number;
+  readonly position: number;
+}
+
+export type ExtendResult =
+  | { readonly kind: 'none' }
+  | {
+      readonly kind: 'sample';
+      readonly token: number;
+      /** Of the model's own distribution (temperature 1, nothing banned or cut). */
+      readonly logprob: number;
+      readonly topTokens: readonly number[];
+      readonly topLogprobs: readonly number[];
+    }
+  /** Best first by `keys`: the log-probability plus noise, or the log-probability itself. */
+  | {
+      readonly kind: 'candidates';
+      readonly tokens: readonly number[];
+      readonly logprobs: readonly number[];
+      readonly keys: readonly number[];
+    }
+  | { readonly kind: 'targets'; readonly logprobs: readonly number[] }
+  | { readonly kind: 'logits'; readonly logits: Float32Array };

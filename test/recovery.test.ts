@@ -1,0 +1,101 @@
+/** Ranks that die or fall silent while requests run, clients that go away, and the server's own end. */
+import { afterEach, expect, test } from 'vitest';
+import { startLocalCluster, type LocalCluster, type LocalClusterOptions } from '../cli/local-cluster.js';
+import type { Status__Output } from '../proto/generated/tandem/v1/Status.js';
+
+const TEXT = 'Anna had a dog named Lucky. One day, Lucky ran away. [gMASK]';
+let open: LocalCluster[] = [];
+
+async function start(options: Partial<LocalClusterOptions> = {}): Promise<LocalCluster> {
+  const cluster = await startLocalCluster({ model: null, worldSize: 2, logLevel: 'silent', ...options });
+  open.push(cluster);
+  return cluster;
+}
+
+afterEach(async () => {
+  await Promise.all(open.splice(0).map((cluster) => cluster.close()));
+  open = [];
+});
+
+async function until(cluster: LocalCluster, holds: (status: Status__Output) => boolean): Promise<Status__Output> {
+  for (;;) {
+    const status = await cluster.client.status();
+    if (holds(status)) return status;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
+/** Sampled tokens and a beam search, long enough that a rank can be lost on the way. */
+const requests = [1, 2, 3].map((seed) => ({ text: TEXT, seed, temperature: 1, maxNewTokens: 150, endTokens: { ids: [] }, n: 2 }));
+const beamRequest = {
+  text: TEXT,
+  maxNewTokens: 60,
+  endTokens: { ids: [] },
+  beamSearch: { numBeams: 4, lengthPenalty: 1, deterministic: false },
+};
+
+async function runAll(cluster: LocalCluster, onToken: () => void = () => {}) {
+  const finishes = await Promise.all([
+    ...requests.map((request) => cluster.client.generate(request, onToken)),
+    cluster.client.generate(beamRequest),
+    cluster.client.score({ text: 'The capital of Japan is', choices: [{ text: 'Tokyo' }, { text: 'Paris' }] }),
+  ]);
+  return finishes.map((finish) => ('outputs' in finish ? finish.outputs : finish.choices));
+}
+
+test.each([
+  { name: 'killed', signal: 'SIGKILL' as const, rank: 1 },
+  { name: 'killed, rank 0', signal: 'SIGKILL' as const, rank: 0 },
+])('a rank $name in mid-stream: clients see a pause, and the same tokens', async ({ signal, rank }) => {
+  const undisturbed = await runAll(await start());
+  const cluster = await start();
+  const before = await cluster.client.status();
+  let tokens = 0;
+  const disturbed = await runAll(cluster, () => {
+    if (++tokens === 40) process.kill(before.workers[rank]!.pid, signal);
+  });
+  expect(tokens).toBeGreaterThan(40);
+  expect(disturbed).toEqual(undisturbed);
+  const after = await until(cluster, ({ state }) => state === 'ready');
+  expect(after.epoch).toBe(before.epoch + 1);
+  expect(after.workers[rank]!.pid).not.toBe(before.workers[rank]!.pid);
+  expect(after.requests).toMatchObject({ running: 0, failed: 0 });
+  expect(after.kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+});
+
+test('a rank that stops answering is named, replaced, and the request goes on', async () => {
+  const undisturbed = await (await start()).client.generate(requests[0]!);
+  const cluster = await start({ stepTimeoutMs: 1500 });
+  const before = await cluster.client.status();
+  let tokens = 0;
+  const finish = await cluster.client.generate(requests[0]!, () => {
+    if (++tokens === 20) process.kill(before.workers[1]!.pid, 'SIGSTOP');
+  });
+  expect(finish.outputs).toEqual(undisturbed.outputs);
+  expect((await cluster.client.status()).epoch).toBe(before.epoch + 1);
+});
+
+test('a client that goes away frees its blocks', async () => {
+  const cluster = await start();
+  const cancel = new AbortController();
+  const gone = cluster.client.generate({ text: TEXT, maxNewTokens: 400, endTokens: { ids: [] } }, () => cancel.abort(), cancel.signal);
+  await expect(gone).rejects.toMatchObject({ code: 1 });
+  const status = await until(cluster, ({ requests: counts }) => counts!.running === 0);
+  expect(status.requests).toMatchObject({ cancelled: 1, queued: 0 });
+  expect(status.kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+});
+
+test('the server stops under load: requests end with UNAVAILABLE, no process is left', async () => {
+  const cluster = await start();
+  const { workers } = await cluster.client.status();
+  let stopped: Promise<void> | null = null;
+  const request = cluster.client.generate({ text: TEXT, maxNewTokens: 400, endTokens: { ids: [] } }, () => {
+    if (!stopped) {
+      process.kill(cluster.pid, 'SIGTERM');
+      stopped = cluster.exited;
+    }
+  });
+  await expect(request).rejects.toMatchObject({ code: 14 });
+  await stopped;
+  for (const { pid } of workers) expect(() => process.kill(pid, 0)).toThrow('ESRCH');
+});
