@@ -23,7 +23,12 @@ module.exports = {
       from: { path: '^coordinator/', ...notTests },
       to: { path: '^(worker|native|cli|bench|test)/' },
     },
-    { name: 'worker-knows-no-coordinator', severity: 'error', from: { path: '^worker/', ...notTests }, to: { path: '^(coordinator|cli|bench|test)/' } },
+    {
+      name: 'worker-knows-no-coordinator',
+      severity: 'error',
+      from: { path: '^worker/', ...notTests },
+      to: { path: '^(coordinator|cli|bench|test)/' },
+    },
     {
       name: 'native-is-loaded-by-the-worker-engine',
       severity: 'error',

@@ -5,6 +5,8 @@ import { Generation, Ops } from '../common/services.js';
 import type { Delta__Output } from '../proto/generated/tandem/v1/Delta.js';
 import type { Finish__Output } from '../proto/generated/tandem/v1/Finish.js';
 import type { GenerateRequest } from '../proto/generated/tandem/v1/GenerateRequest.js';
+import type { GenerateResponse__Output } from '../proto/generated/tandem/v1/GenerateResponse.js';
+import type { LogitsResponse__Output } from '../proto/generated/tandem/v1/LogitsResponse.js';
 import type { LogitsRequest } from '../proto/generated/tandem/v1/LogitsRequest.js';
 import type { ScoreRequest } from '../proto/generated/tandem/v1/ScoreRequest.js';
 import type { ScoreResponse__Output } from '../proto/generated/tandem/v1/ScoreResponse.js';
@@ -41,7 +43,7 @@ export async function connect(address: string): Promise<TandemClient> {
         const call = generation.generate(request);
         signal?.addEventListener('abort', () => call.cancel());
         let finish: Finish__Output | null = null;
-        call.on('data', (message) => {
+        call.on('data', (message: GenerateResponse__Output) => {
           if (message.delta) onDelta(message.delta);
           else if (message.finish) finish = message.finish;
         });
@@ -57,7 +59,7 @@ export async function connect(address: string): Promise<TandemClient> {
       new Promise((resolve, reject) => {
         const rows: Float32Array[] = [];
         const call = generation.logits(request);
-        call.on('data', ({ rows: count, vocabSize, logits }) => {
+        call.on('data', ({ rows: count, vocabSize, logits }: LogitsResponse__Output) => {
           const floats = new Float32Array(Uint8Array.from(logits).buffer);
           for (let row = 0; row < count; row++) rows.push(floats.subarray(row * vocabSize, (row + 1) * vocabSize));
         });

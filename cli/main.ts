@@ -31,7 +31,7 @@ try {
     .command(statusCommand)
     .command(logitsCommand)
     .command(demoCommand)
-    .demandCommand(1, 'no command: see tandem --help')
+    .demandCommand(1, 'no command given')
     .recommendCommands()
     .strict()
     .version(packageVersion)
@@ -43,6 +43,7 @@ try {
 } catch (error) {
   process.stderr.write(`tandem: ${describe(error)}\n`);
   process.exitCode = error instanceof UsageError ? EXIT_USAGE : EXIT_FAILURE;
+  if (process.connected) process.disconnect(); // a parent's channel would keep this process alive
 }
 
 /** One line for whatever ended the command; a stack only for what is a defect of this program. */

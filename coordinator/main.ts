@@ -9,7 +9,7 @@ import { createLogger, type LogLevel } from '../common/log.js';
 import { WorkerLink } from '../common/services.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
-import { loadTokenizer } from '../model/tokenizer/tokenizer.js';
+import { checkSpecialTokens, loadTokenizer } from '../model/tokenizer/tokenizer.js';
 import type { WorkerLinkHandlers } from '../proto/generated/tandem/v1/WorkerLink.js';
 import { createGrpcServer } from './api/grpc-server.js';
 import { ServingService } from './api/service.js';
@@ -69,6 +69,8 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
   const { config } = store;
   const share = localShare(config, options.worldSize);
   const tokenizer = store.tokenizerPath && config.tokenizer ? await loadTokenizer(store.tokenizerPath, config.tokenizer) : null;
+
+  if (tokenizer) checkSpecialTokens(tokenizer, config.specialTokens);
 
   const runtimeDir = mkdtempSync(join(tmpdir(), 'tandem-')); // mode 0700: only this user's workers reach the link
   process.once('exit', () => rmSync(runtimeDir, { recursive: true, force: true }));

@@ -88,14 +88,12 @@ test('a client that goes away frees its blocks', async () => {
 test('the server stops under load: requests end with UNAVAILABLE, no process is left', async () => {
   const cluster = await start();
   const { workers } = await cluster.client.status();
-  let stopped: Promise<void> | null = null;
+  let isStopping = false;
   const request = cluster.client.generate({ text: TEXT, maxNewTokens: 400, endTokens: { ids: [] } }, () => {
-    if (!stopped) {
-      process.kill(cluster.pid, 'SIGTERM');
-      stopped = cluster.exited;
-    }
+    if (!isStopping) process.kill(cluster.pid, 'SIGTERM');
+    isStopping = true;
   });
   await expect(request).rejects.toMatchObject({ code: 14 });
-  await stopped;
+  await cluster.exited;
   for (const { pid } of workers) expect(() => process.kill(pid, 0)).toThrow('ESRCH');
 });

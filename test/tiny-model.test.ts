@@ -20,14 +20,14 @@ const { cases } = readGolden<{ cases: GenerationCase[] }>('tiny/generations.json
 const BEAMS = { numBeams: 4, lengthPenalty: 1, noRepeatNgramSize: 3, deterministic: true };
 
 describe.each([
-  { worldSize: 1, kvDtype: 'fp32' as const },
-  { worldSize: 2, kvDtype: 'fp16' as const },
-  { worldSize: 4, kvDtype: 'fp16' as const },
-])('$worldSize worker(s), $kvDtype cache', ({ worldSize, kvDtype }) => {
+  { worldSize: 1, kvDtype: 'fp32' as const, isa: 'generic' },
+  { worldSize: 2, kvDtype: 'fp16' as const, isa: 'auto' },
+  { worldSize: 4, kvDtype: 'fp16' as const, isa: 'auto' },
+])('$worldSize worker(s), $kvDtype cache, $isa kernels', ({ worldSize, kvDtype, isa }) => {
   let cluster: LocalCluster;
   let client: TandemClient;
   beforeAll(async () => {
-    cluster = await startLocalCluster({ model: null, worldSize, kvDtype });
+    cluster = await startLocalCluster({ model: null, worldSize, kvDtype, isa });
     client = cluster.client;
   });
   afterAll(() => cluster?.close());

@@ -1,4 +1,4 @@
-import { loadAddon, type NativeAddon, type NativeEngine } from '../native/binding/addon.js';
+import { loadAddon, nativeErrorCode, type NativeAddon, type NativeEngine } from '../native/binding/addon.js';
 import { openStore } from '../model/store/open-store.js';
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 
@@ -7,6 +7,15 @@ export type { NativeEngine };
 /** The native addon's description, for the Hello; throws a ConfigError if the addon is not built. */
 export function nativeBuild(): NativeAddon['build'] {
   return loadAddon().build;
+}
+
+/**
+ * Whether all ranks are still in step after this failure of a step: it was refused alike by every rank before anything ran, or it
+ * ran and only its results could not be made.
+ */
+export function isHarmless(stepError: unknown): boolean {
+  const code = nativeErrorCode(stepError);
+  return code === 'INVALID_ARGUMENT' || code === 'EVALUATION';
 }
 
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */

@@ -1,13 +1,13 @@
 import { totalmem } from 'node:os';
 import type { ClientDuplexStream } from '@grpc/grpc-js';
-import { InvalidRequestError, TandemError } from '../common/errors.js';
+import { TandemError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { packageVersion } from '../common/package-root.js';
 import type { CoordinatorMessage__Output } from '../proto/generated/tandem/v1/CoordinatorMessage.js';
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
 import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
-import { loadEngine, nativeBuild, type NativeEngine } from './engine.js';
+import { isHarmless, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
 import { decodeStep, encodeStepResult } from './wire.js';
 
 export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
@@ -69,8 +69,7 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
         engine.step(decodeStep(message.step)).then(
           (result) => link.write({ result: encodeStepResult(result) }),
           (error: unknown) => {
-            // Refused alike by every rank before anything ran; all else has left the ranks in different states.
-            if (error instanceof InvalidRequestError) link.write({ result: { stepId, error: error.message } });
+            if (isHarmless(error)) link.write({ result: { stepId, error: (error as Error).message } });
             else fail(error);
           },
         );

@@ -26,7 +26,9 @@ export const demoCommand: CommandModule<unknown, object> = {
       const totals = { tokens: 0, decodeMs: 0, prefillMs: 0, promptTokens: 0 };
       for (const prompt of prompts) {
         const view = answerView(prompt, (text) => process.stdout.write(text), process.stdout.isTTY === true);
-        const finish = await cluster.client.generate({ text: prompt, temperature: 0, maxNewTokens: MAX_NEW_TOKENS }, view.delta);
+        const finish = await cluster.client.generate({ text: prompt, temperature: 0, maxNewTokens: MAX_NEW_TOKENS }, (delta) =>
+          view.delta(delta),
+        );
         view.finish();
         process.stdout.write('\n');
         totals.tokens += finish.usage!.generatedTokens;

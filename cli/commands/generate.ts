@@ -1,4 +1,4 @@
-import { createReadStream, mkdirSync, writeFileSync } from 'node:fs';
+import { accessSync, constants, createReadStream, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import type { ServiceError } from '@grpc/grpc-js';
@@ -99,6 +99,7 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
         return true;
       }) as never,
   async handler(args) {
+    if (args.inputSource !== 'interactive') checkReadable(args.inputSource);
     const cluster = args.address === undefined ? await startLocalCluster(clusterOptions(args)) : null;
     const client = cluster?.client ?? (await connect(args.address!));
     try {
@@ -111,6 +112,17 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
     }
   },
 };
+
+/** @throws ConfigError before anything is started */
+function checkReadable(path: string): void {
+  try {
+    accessSync(path, constants.R_OK);
+  } catch (error) {
+    throw new ConfigError(
+      `--input-source ${path} cannot be read (${(error as NodeJS.ErrnoException).code}): give a file, or "interactive"`,
+    );
+  }
+}
 
 /** Each line of the file in turn; the first failing one ends the run, as a script would want it. */
 async function runFile(client: TandemClient, args: GenerateArgs): Promise<void> {

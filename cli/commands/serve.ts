@@ -53,7 +53,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
         describe: 'Instruction set of the kernels',
       })
       .option('step-timeout-ms', { type: 'number', default: 60_000, describe: 'A step that takes longer ends the epoch' })
-      .option('log-level', { choices: LOG_LEVELS, default: 'info' as LogLevel })
+      .option('log-level', { choices: LOG_LEVELS, default: 'info' })
       .check((args) => {
         positive('--world-size', args['world-size']);
         positive('--threads', args.threads);

@@ -20,7 +20,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
       .option('coordinator', { type: 'string', demandOption: true, describe: "The coordinator's worker address: unix:/path or host:port" })
       .option('rank', { type: 'number', demandOption: true, describe: 'This rank, from 0' })
       .option('connect-timeout-ms', { type: 'number', default: 30_000, describe: 'How long to try to reach the coordinator' })
-      .option('log-level', { choices: LOG_LEVELS, default: 'info' as LogLevel }) as never,
+      .option('log-level', { choices: LOG_LEVELS, default: 'info' }) as never,
   async handler(args) {
     // A terminal's Ctrl-C reaches the whole process group; the coordinator decides when its workers leave.
     process.on('SIGINT', () => {});

@@ -25,13 +25,13 @@ export interface GrpcApi {
 /** A server with the public services; it listens to nothing yet. */
 export function createGrpcServer(api: GrpcApi): grpc.Server {
   const server = new grpc.Server({ 'grpc.max_receive_message_length': MAX_REQUEST_BYTES });
-  server.addService(Generation.service, generationHandlers(api) as unknown as grpc.UntypedServiceImplementation);
-  server.addService(Ops.service, opsHandlers(api) as unknown as grpc.UntypedServiceImplementation);
+  server.addService(Generation.service, generationHandlers(api));
+  server.addService(Ops.service, opsHandlers(api));
   return server;
 }
 
 function opsHandlers({ status, log }: GrpcApi): OpsHandlers {
-  return { GetStatus: (_call, callback) => answer(callback, log, status) };
+  return { GetStatus: (_call, callback) => void answer(callback, log, status) };
 }
 
 function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {

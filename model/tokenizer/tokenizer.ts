@@ -2,7 +2,7 @@ import { readFile, stat } from 'node:fs/promises';
 import { basename } from 'node:path';
 import { SentencePieceProcessor } from '@agnai/sentencepiece-js';
 import { CheckpointError, InvalidRequestError } from '../../common/errors.js';
-import type { TokenizerConfig } from '../model-config.js';
+import type { SpecialTokens, TokenizerConfig } from '../model-config.js';
 import { extendModel, parseSentencePieceModel, PIECE_TYPE, type Piece, type SentencePieceModel } from './sentencepiece-model.js';
 import { StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
 
@@ -170,6 +170,25 @@ function surfaceOf(piece: Piece, unknownSurface: string): Surface {
 /** The rest of a run of blanks: 0 to 79 of them; a single one stays a blank. */
 function blanks(count: number): string {
   return count < 2 ? ' '.repeat(count) : `<|blank_${count}|>`;
+}
+
+/** @throws CheckpointError if the tokenizer has other ids for the words that steer generation than the configuration says */
+export function checkSpecialTokens(tokenizer: Tokenizer, special: SpecialTokens): void {
+  const names = {
+    '[MASK]': special.mask,
+    '[gMASK]': special.gmask,
+    '[sMASK]': special.smask,
+    sop: special.sop,
+    eop: special.eop,
+    eos: special.eos,
+  };
+  for (const [name, id] of Object.entries(names)) {
+    const own = tokenizer.command(name);
+    if (own !== id)
+      throw new CheckpointError(
+        `config.json says that ${name} is token ${id}, for the tokenizer it is ${own}: take the tokenizer of this model`,
+      );
+  }
 }
 
 async function readModelFile(path: string): Promise<Uint8Array> {

@@ -1,0 +1,105 @@
+// What the addon exports (addon.ts says what each means).
+#include <napi.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "binding/async_call.h"
+#include "binding/convert.h"
+#include "binding/engine_wrap.h"
+#include "core/cpu_features.h"
+#include "core/error.h"
+#include "kernels/sampling.h"
+#include "model/read_bandwidth.h"
+
+namespace tandem {
+namespace {
+
+// What one JavaScript environment has of the addon.
+struct Instance {
+  std::shared_ptr<Runtime> runtime;
+  Napi::FunctionReference engine_constructor;
+};
+
+class BandwidthThread final : public Stoppable {
+ public:
+  void Stop() override {
+    cancelled.store(true);
+    thread.Stop();
+  }
+
+  std::atomic<bool> cancelled{false};
+  TaskThread thread;
+};
+
+Napi::Value CreateEngine(const Napi::CallbackInfo& info) {
+  Instance& instance = *info.Env().GetInstanceData<Instance>();
+  return EngineWrap::Create(info, instance.runtime, instance.engine_constructor);
+}
+
+Napi::Value DistributionOf(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  try {
+    const Napi::Float32Array logits = Field(info[0], "logits").Float32s();
+    const SamplingParams params = SamplingParamsFromJs(Field(info[1], "params"));
+    Napi::Float32Array probs = Napi::Float32Array::New(env, logits.ElementLength());
+    Distribution(logits.Data(), static_cast<int64_t>(logits.ElementLength()), params, probs.Data());
+    return probs;
+  } catch (...) {
+    throw Napi::Error(env, ErrorToJs(env, std::current_exception()));
+  }
+}
+
+Napi::Value MeasureReadBandwidthCall(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  try {
+    const Field options(info[0], "");
+    const int64_t bytes = options.Get("bytes").Integer(1, int64_t{1} << 40);
+    const int threads = static_cast<int>(options.Get("threads").Integer(1, 1024));
+    const int repeats = static_cast<int>(options.Get("repeats").Integer(1, 1000));
+    const std::shared_ptr<Runtime> runtime = env.GetInstanceData<Instance>()->runtime;
+    auto measuring = std::make_shared<BandwidthThread>();
+    runtime->Watch(measuring);
+    const auto measure = [measuring, bytes, threads, repeats] { return MeasureReadBandwidth(bytes, threads, repeats, measuring->cancelled); };
+    return AsyncCall<double>::Start(env, runtime, measuring->thread, measure,
+                                    [](Napi::Env env, double& bandwidth) { return Napi::Number::New(env, bandwidth); });
+  } catch (...) {
+    const Napi::Promise::Deferred deferred = Napi::Promise::Deferred::New(env);
+    deferred.Reject(ErrorToJs(env, std::current_exception()));
+    return deferred.Promise();
+  }
+}
+
+Napi::Object BuildInfo(Napi::Env env) {
+  Napi::Object build = Napi::Object::New(env);
+  Napi::Array backends = Napi::Array::New(env);
+  backends.Set(uint32_t{0}, "cpu");
+  build.Set("backends", backends);
+#if defined(__clang__)
+  build.Set("compiler", "clang " __clang_version__);
+#else
+  build.Set("compiler", "gcc " __VERSION__);
+#endif
+  build.Set("isa", IsaName(BestIsa()));
+  return build;
+}
+
+Napi::Object Init(Napi::Env env, Napi::Object exports) {
+  auto instance = std::make_unique<Instance>();
+  instance->runtime = Runtime::Create(env);
+  instance->engine_constructor = Napi::Persistent(EngineWrap::Define(env));
+  env.SetInstanceData(instance.release());
+
+  exports.Set("build", BuildInfo(env));
+  exports.Set("createEngine", Napi::Function::New<CreateEngine>(env, "createEngine"));
+  exports.Set("distribution", Napi::Function::New<DistributionOf>(env, "distribution"));
+  exports.Set("measureReadBandwidth", Napi::Function::New<MeasureReadBandwidthCall>(env, "measureReadBandwidth"));
+  return exports;
+}
+
+}  // namespace
+}  // namespace tandem
+
+static Napi::Object InitAddon(Napi::Env env, Napi::Object exports) { return tandem::Init(env, exports); }
+NODE_API_MODULE(tandem_addon, InitAddon)

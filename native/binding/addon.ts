@@ -1,0 +1,219 @@
+import { existsSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import path from 'node:path';
+import { CheckpointError, ConfigError, EngineError, TandemError } from '../../common/errors.js';
+import { packageRoot } from '../../common/package-root.js';
+
+/**
+ * The typed face of the native addon: JavaScript meets C++ here and nowhere else. Token ids, positions and block tables
+ * are Uint32Array; "not given" is `null`, never a missing property. Errors are those of common/errors.ts, with the native
+ * error and its {@link NativeErrorCode} as `cause`.
+ */
+export interface NativeAddon {
+  readonly build: NativeBuild;
+  /**
+   * Meets the other ranks and loads this rank's shard, on the engine's own thread. Rejects with CheckpointError (a tensor),
+   * ConfigError (an option, or too little memory) or EngineError.
+   */
+  createEngine(options: NativeEngineOptions): Promise<NativeEngine>;
+  /** The distribution that `sample` would draw from: probabilities [V] after temperature, bans, top-k and top-p. Pure. Throws EngineError. */
+  distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
+  /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
+  measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
+}
+
+export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'EVALUATION' | 'INTERNAL';
+
+export interface NativeBuild {
+  readonly backends: readonly string[];
+  readonly compiler: string;
+  /** Instruction set in use: `avx512`, `avx2` or `generic`. */
+  readonly isa: string;
+}
+
+export interface NativeEngineOptions {
+  readonly model: {
+    readonly numLayers: number;
+    readonly hiddenSize: number;
+    readonly numAttentionHeads: number;
+    readonly innerHiddenSize: number;
+    readonly vocabSize: number;
+    readonly maxSequenceLength: number;
+    readonly layernormEpsilon: number;
+    readonly rotaryBase: number;
+    readonly rotaryPrecision: 'fp32' | 'half' | 'half_freq';
+  };
+  /** Every tensor of the store, whole and unsplit; the engine maps the files and takes its rows or columns. */
+  readonly tensors: readonly NativeTensor[];
+  readonly rank: number;
+  readonly worldSize: number;
+  readonly threads: number;
+  /** Null: the best instruction set this CPU has. */
+  readonly isa: 'avx512' | 'avx2' | 'generic' | null;
+  readonly kv: { readonly numBlocks: number; readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
+  /** Most tokens of all Extends of one step together; sizes the workspace. */
+  readonly maxBatchTokens: number;
+  /** Null at world size 1. `name` is the same on all ranks and never used twice. */
+  readonly communicator: { readonly name: string; readonly timeoutMs: number } | null;
+}
+
+export interface NativeTensor {
+  readonly name: string;
+  readonly file: string;
+  /** Byte offset of the tensor's data in `file`. */
+  readonly offset: number;
+  readonly dtype: 'F32' | 'F16' | 'I8' | 'U8';
+  readonly shape: readonly number[];
+}
+
+/** One rank of a loaded model. Steps run in the order of the calls, on the engine's own thread; the event loop is never blocked. */
+export interface NativeEngine {
+  /** Rejects with EngineError; after one whose cause is not INVALID_ARGUMENT the ranks may be out of step. */
+  step(step: NativeStep): Promise<NativeStepResult>;
+  readonly memory: { readonly weightBytes: number; readonly kvBytes: number; readonly workspaceBytes: number };
+  /** Wakes collectives that wait for a lost rank; all queued and later steps reject. Any thread, any time. */
+  abort(): void;
+  /** Frees everything once running work has ended. Safe to call twice. */
+  dispose(): Promise<void>;
+}
+
+export interface NativeStep {
+  readonly stepId: number;
+  /** KV blocks to copy before anything else, as (from, to) pairs: copy-on-write forks. */
+  readonly blockCopies: Uint32Array;
+  readonly extends: readonly NativeExtend[];
+}
+
+/** Append a run of tokens to one sequence's KV cache (design section 1). */
+export interface NativeExtend {
+  readonly tokens: Uint32Array;
+  readonly positions: Uint32Array;
+  /** Blocks for at least cachedTokens + tokens.length tokens. */
+  readonly blockTable: Uint32Array;
+  readonly cachedTokens: number;
+  /** Token i of the run sees all cached tokens and run tokens j with j <= i or j < bidirectionalTokens. */
+  readonly bidirectionalTokens: number;
+  readonly want: NativeWant;
+}
+
+export type NativeWant =
+  | { readonly kind: 'none' }
+  | { readonly kind: 'sample'; readonly params: NativeSamplingParams; readonly noise: NativeNoise; readonly topLogprobs: number }
+  | {
+      readonly kind: 'candidates';
+      readonly count: number;
+      /** Logits of these are set to -65504 before the log-softmax. */
+      readonly bannedTokens: Uint32Array;
+      /** Given: candidates are drawn without replacement (Gumbel top-k); null: the largest. */
+      readonly noise: NativeNoise | null;
+    }
+  /** Log-probability of tokens[i] at row (run length - tokens.length + i). */
+  | { readonly kind: 'targets'; readonly tokens: Uint32Array }
+  /** Raw logits of the last `rows` rows. */
+  | { readonly kind: 'logits'; readonly rows: number };
+
+export interface NativeSamplingParams {
+  /** 0: the token of the largest logit, the lowest id among equals. */
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+  readonly bannedTokens: Uint32Array;
+}
+
+/** Key of the counter-based generator: the same key gives the same noise, whatever else runs. */
+export interface NativeNoise {
+  readonly seed: bigint; // uint64
+  /** Which sample or beam of the request. */
+  readonly stream: number;
+  /** Index of the drawn token in the generated text, blanks before it included. */
+  readonly position: number;
+}
+
+export interface NativeStepResult {
+  readonly stepId: number;
+  /** One for each Extend on rank 0; empty on the other ranks. */
+  readonly results: readonly NativeExtendResult[];
+  readonly computeMicros: number;
+  /** Of which in collectives, waiting included. */
+  readonly collectiveMicros: number;
+}
+
+export type NativeExtendResult =
+  | { readonly kind: 'none' }
+  | {
+      readonly kind: 'sample';
+      readonly token: number;
+      /** Of the model's own distribution: temperature 1, nothing banned or cut. */
+      readonly logprob: number;
+      readonly topTokens: Uint32Array;
+      readonly topLogprobs: Float32Array;
+    }
+  /** Best first by `keys`: log-probability plus noise, or the log-probability itself. */
+  | { readonly kind: 'candidates'; readonly tokens: Uint32Array; readonly logprobs: Float32Array; readonly keys: Float32Array }
+  | { readonly kind: 'targets'; readonly logprobs: Float32Array }
+  /** [rows, V] row-major. */
+  | { readonly kind: 'logits'; readonly logits: Float32Array };
+
+/** Loads the addon that `npm run build:native` made. @throws ConfigError if there is none, or it does not load here */
+export function loadAddon(): NativeAddon {
+  const file = path.join(packageRoot, 'native', 'build', 'Release', 'tandem_addon.node');
+  if (!existsSync(file)) throw new ConfigError(`native addon not built: there is no ${file}; run \`npm run build:native\``);
+  let raw: NativeAddon;
+  try {
+    raw = createRequire(import.meta.url)(file) as NativeAddon;
+  } catch (error) {
+    throw new ConfigError(`native addon ${file} does not load: ${messageOf(error)}; run \`npm run build:native\``, { cause: error });
+  }
+  return {
+    build: raw.build,
+    createEngine: async (options) => wrapEngine(await raw.createEngine(options).catch(rethrow(creationError))),
+    distribution: (logits, params) => {
+      try {
+        return raw.distribution(logits, params);
+      } catch (error) {
+        throw stepError(error);
+      }
+    },
+    measureReadBandwidth: (options) => raw.measureReadBandwidth(options).catch(rethrow(creationError)),
+  };
+}
+
+function wrapEngine(raw: NativeEngine): NativeEngine {
+  let disposed: Promise<void> | null = null;
+  return {
+    memory: raw.memory,
+    step: (step) => raw.step(step).catch(rethrow(stepError)),
+    abort: () => raw.abort(),
+    dispose: () => (disposed ??= raw.dispose().catch(rethrow(stepError))),
+  };
+}
+
+/** The code of the native error behind what {@link NativeEngine} rejects with; null for any other error. */
+export function nativeErrorCode(error: unknown): NativeErrorCode | null {
+  return error instanceof TandemError ? codeOf(error.cause) : null;
+}
+
+function rethrow(convert: (error: unknown) => TandemError): (error: unknown) => never {
+  return (error) => {
+    throw convert(error);
+  };
+}
+
+function creationError(error: unknown): TandemError {
+  const code = codeOf(error);
+  if (code === 'CHECKPOINT') return new CheckpointError(messageOf(error), { cause: error });
+  if (code === 'INVALID_ARGUMENT' || code === 'OUT_OF_MEMORY') return new ConfigError(messageOf(error), { cause: error });
+  return stepError(error);
+}
+
+function stepError(error: unknown): TandemError {
+  return new EngineError(messageOf(error), { cause: error });
+}
+
+function codeOf(error: unknown): NativeErrorCode | null {
+  return error instanceof Error && 'code' in error ? (error.code as NativeErrorCode) : null;
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

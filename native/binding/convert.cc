@@ -1,0 +1,276 @@
+#include "binding/convert.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "core/error.h"
+
+namespace tandem {
+namespace {
+
+constexpr int64_t kMostUint32 = std::numeric_limits<uint32_t>::max();
+constexpr int64_t kMostSafeInteger = (int64_t{1} << 53) - 1;
+
+NoiseKey NoiseFromJs(const Field& noise) {
+  NoiseKey key;
+  key.seed = noise.Get("seed").BigUint64();
+  key.stream = static_cast<uint32_t>(noise.Get("stream").Integer(0, kMostUint32));
+  key.position = static_cast<uint32_t>(noise.Get("position").Integer(0, kMostUint32));
+  return key;
+}
+
+Want WantFromJs(const Field& want) {
+  switch (want.Get("kind").OneOf({"none", "sample", "candidates", "targets", "logits"})) {
+    case 1: {
+      WantSample sample;
+      sample.params = SamplingParamsFromJs(want.Get("params"));
+      sample.noise = NoiseFromJs(want.Get("noise"));
+      sample.top_logprobs = static_cast<uint32_t>(want.Get("topLogprobs").Integer(0, kMostUint32));
+      return sample;
+    }
+    case 2: {
+      WantCandidates candidates;
+      candidates.count = static_cast<uint32_t>(want.Get("count").Integer(0, kMostUint32));
+      candidates.banned_tokens = want.Get("bannedTokens").Uint32s();
+      const Field noise = want.Get("noise");
+      if (!noise.IsNull()) candidates.noise = NoiseFromJs(noise);
+      return candidates;
+    }
+    case 3:
+      return WantTargets{want.Get("tokens").Uint32s()};
+    case 4:
+      return WantLogits{static_cast<uint32_t>(want.Get("rows").Integer(0, kMostUint32))};
+    default:
+      return WantNothing{};
+  }
+}
+
+Extend ExtendFromJs(const Field& extend) {
+  Extend result;
+  result.tokens = extend.Get("tokens").Uint32s();
+  result.positions = extend.Get("positions").Uint32s();
+  result.block_table = extend.Get("blockTable").Uint32s();
+  result.cached_tokens = extend.Get("cachedTokens").Integer(0, kMostUint32);
+  result.bidirectional_tokens = extend.Get("bidirectionalTokens").Integer(0, kMostUint32);
+  result.want = WantFromJs(extend.Get("want"));
+  return result;
+}
+
+TensorSource TensorFromJs(const Field& tensor) {
+  TensorSource source;
+  source.name = tensor.Get("name").Text();
+  source.file = tensor.Get("file").Text();
+  if (source.file.find('\0') != std::string::npos) tensor.Get("file").Fail("a path");
+  source.offset = tensor.Get("offset").Integer(0, kMostSafeInteger);
+  source.type = static_cast<TensorType>(tensor.Get("dtype").OneOf({"F32", "F16", "I8", "U8"}));
+  for (const Field& size : tensor.Get("shape").Elements()) source.shape.push_back(size.Integer(0, kMostSafeInteger));
+  return source;
+}
+
+Napi::Value Uint32sToJs(Napi::Env env, const std::vector<uint32_t>& values) {
+  Napi::Uint32Array array = Napi::Uint32Array::New(env, values.size());
+  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(uint32_t));
+  return array;
+}
+
+Napi::Value Float32sToJs(Napi::Env env, const std::vector<float>& values) {
+  Napi::Float32Array array = Napi::Float32Array::New(env, values.size());
+  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(float));
+  return array;
+}
+
+Napi::Value ExtendResultToJs(Napi::Env env, const ExtendResult& result) {
+  Napi::Object object = Napi::Object::New(env);
+  if (const auto* sample = std::get_if<SampleResult>(&result)) {
+    object.Set("kind", "sample");
+    object.Set("token", Napi::Number::New(env, sample->token));
+    object.Set("logprob", Napi::Number::New(env, sample->logprob));
+    object.Set("topTokens", Uint32sToJs(env, sample->top_tokens));
+    object.Set("topLogprobs", Float32sToJs(env, sample->top_logprobs));
+  } else if (const auto* candidates = std::get_if<Candidates>(&result)) {
+    object.Set("kind", "candidates");
+    object.Set("tokens", Uint32sToJs(env, candidates->tokens));
+    object.Set("logprobs", Float32sToJs(env, candidates->logprobs));
+    object.Set("keys", Float32sToJs(env, candidates->keys));
+  } else if (const auto* targets = std::get_if<TargetsResult>(&result)) {
+    object.Set("kind", "targets");
+    object.Set("logprobs", Float32sToJs(env, targets->logprobs));
+  } else if (const auto* logits = std::get_if<LogitsResult>(&result)) {
+    object.Set("kind", "logits");
+    object.Set("logits", Float32sToJs(env, logits->logits));
+  } else {
+    object.Set("kind", "none");
+  }
+  return object;
+}
+
+Napi::Value CodedError(Napi::Env env, ErrorCode code, const std::string& message) {
+  const char* names[] = {"INVALID_ARGUMENT", "CHECKPOINT", "OUT_OF_MEMORY", "TIMEOUT", "ABORTED", "EVALUATION", "INTERNAL"};
+  Napi::Error error = Napi::Error::New(env, message);
+  error.Set("code", Napi::String::New(env, names[static_cast<int>(code)]));
+  return error.Value();
+}
+
+}  // namespace
+
+Field Field::Get(const char* name) const {
+  if (!value_.IsObject()) Fail("an object");
+  return Field(value_.As<Napi::Object>().Get(name), path_.empty() ? name : path_ + "." + name);
+}
+
+std::vector<Field> Field::Elements() const {
+  if (!value_.IsArray()) Fail("an array");
+  const Napi::Array array = value_.As<Napi::Array>();
+  std::vector<Field> elements;
+  elements.reserve(array.Length());
+  for (uint32_t i = 0; i < array.Length(); ++i) elements.emplace_back(array.Get(i), path_ + "[" + std::to_string(i) + "]");
+  return elements;
+}
+
+int64_t Field::Integer(int64_t least, int64_t most) const {
+  const std::string expected = "an integer from " + std::to_string(least) + " to " + std::to_string(most);
+  if (!value_.IsNumber()) Fail(expected);
+  const double number = value_.As<Napi::Number>().DoubleValue();
+  if (!(number >= static_cast<double>(least) && number <= static_cast<double>(most)) || number != std::floor(number)) Fail(expected);
+  return static_cast<int64_t>(number);
+}
+
+double Field::Number() const {
+  if (!value_.IsNumber()) Fail("a number");
+  return value_.As<Napi::Number>().DoubleValue();
+}
+
+std::string Field::Text() const {
+  if (!value_.IsString()) Fail("a string");
+  return value_.As<Napi::String>().Utf8Value();
+}
+
+uint64_t Field::BigUint64() const {
+  if (!value_.IsBigInt()) Fail("a bigint");
+  bool lossless = false;
+  const uint64_t number = value_.As<Napi::BigInt>().Uint64Value(&lossless);
+  if (!lossless) Fail("a bigint from 0 to 2^64 - 1");
+  return number;
+}
+
+std::vector<uint32_t> Field::Uint32s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint32_array) Fail("a Uint32Array");
+  const Napi::Uint32Array array = value_.As<Napi::Uint32Array>();
+  std::vector<uint32_t> values(array.ElementLength());
+  if (!values.empty()) std::memcpy(values.data(), array.Data(), values.size() * sizeof(uint32_t));
+  return values;
+}
+
+size_t Field::OneOf(const std::vector<std::string>& names) const {
+  std::string expected = "one of";
+  for (const std::string& name : names) expected += " " + name;
+  if (!value_.IsString()) Fail(expected);
+  const std::string text = value_.As<Napi::String>().Utf8Value();
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == text) return i;
+  }
+  Fail(expected);
+}
+
+Napi::Float32Array Field::Float32s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_float32_array) Fail("a Float32Array");
+  return value_.As<Napi::Float32Array>();
+}
+
+void Field::Fail(const std::string& expected) const {
+  std::string seen = "is not ";
+  if (value_.IsUndefined()) seen = "is missing, expected ";
+  throw Error(ErrorCode::kInvalidArgument, (path_.empty() ? "the argument" : path_) + ": " + seen + expected);
+}
+
+SamplingParams SamplingParamsFromJs(const Field& params) {
+  SamplingParams result;
+  result.temperature = static_cast<float>(params.Get("temperature").Number());
+  result.top_k = static_cast<uint32_t>(params.Get("topK").Integer(0, kMostUint32));
+  result.top_p = static_cast<float>(params.Get("topP").Number());
+  result.banned_tokens = params.Get("bannedTokens").Uint32s();
+  return result;
+}
+
+EngineOptions EngineOptionsFromJs(Napi::Value value) {
+  constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
+  const Field options(value, "");
+  EngineOptions result;
+  const Field model = options.Get("model");
+  result.model.num_layers = model.Get("numLayers").Integer(1, kMostInt);
+  result.model.hidden_size = model.Get("hiddenSize").Integer(1, kMostInt);
+  result.model.num_attention_heads = model.Get("numAttentionHeads").Integer(1, kMostInt);
+  result.model.inner_hidden_size = model.Get("innerHiddenSize").Integer(1, kMostInt);
+  result.model.vocab_size = model.Get("vocabSize").Integer(1, kMostInt);
+  result.model.max_sequence_length = model.Get("maxSequenceLength").Integer(1, kMostInt);
+  result.model.layernorm_epsilon = static_cast<float>(model.Get("layernormEpsilon").Number());
+  result.model.rotary_base = model.Get("rotaryBase").Number();
+  constexpr RotaryPrecision kPrecisions[] = {RotaryPrecision::kF32, RotaryPrecision::kHalf, RotaryPrecision::kHalfFreq};
+  result.model.rotary_precision = kPrecisions[model.Get("rotaryPrecision").OneOf({"fp32", "half", "half_freq"})];
+  for (const Field& tensor : options.Get("tensors").Elements()) result.tensors.push_back(TensorFromJs(tensor));
+  result.shard.rank = static_cast<int>(options.Get("rank").Integer(0, kMostInt));
+  result.shard.world_size = static_cast<int>(options.Get("worldSize").Integer(1, kMostInt));
+  result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
+  const Field isa = options.Get("isa");
+  constexpr Isa kIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+  if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512", "avx2", "generic"})];
+  const Field kv = options.Get("kv");
+  result.kv_blocks = kv.Get("numBlocks").Integer(1, kMostInt);
+  result.kv_block_size = kv.Get("blockSize").Integer(1, kMostInt);
+  result.kv_type = kv.Get("dtype").OneOf({"fp16", "fp32"}) == 0 ? KvType::kF16 : KvType::kF32;
+  result.max_batch_tokens = options.Get("maxBatchTokens").Integer(1, kMostInt);
+  const Field communicator = options.Get("communicator");
+  if (!communicator.IsNull()) {
+    result.communicator = {communicator.Get("name").Text(), communicator.Get("timeoutMs").Integer(1, kMostInt)};
+  }
+  return result;
+}
+
+Step StepFromJs(Napi::Value value) {
+  const Field step(value, "");
+  Step result;
+  result.step_id = static_cast<uint32_t>(step.Get("stepId").Integer(0, kMostUint32));
+  result.block_copies = step.Get("blockCopies").Uint32s();
+  for (const Field& extend : step.Get("extends").Elements()) result.extends.push_back(ExtendFromJs(extend));
+  return result;
+}
+
+Napi::Value StepResultToJs(Napi::Env env, const StepResult& result) {
+  Napi::Object object = Napi::Object::New(env);
+  Napi::Array results = Napi::Array::New(env, result.results.size());
+  for (size_t i = 0; i < result.results.size(); ++i) results.Set(static_cast<uint32_t>(i), ExtendResultToJs(env, result.results[i]));
+  object.Set("stepId", Napi::Number::New(env, result.step_id));
+  object.Set("results", results);
+  object.Set("computeMicros", Napi::Number::New(env, static_cast<double>(result.compute_micros)));
+  object.Set("collectiveMicros", Napi::Number::New(env, static_cast<double>(result.collective_micros)));
+  return object;
+}
+
+Napi::Value MemoryToJs(Napi::Env env, const EngineMemory& memory) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("weightBytes", Napi::Number::New(env, static_cast<double>(memory.weight_bytes)));
+  object.Set("kvBytes", Napi::Number::New(env, static_cast<double>(memory.kv_bytes)));
+  object.Set("workspaceBytes", Napi::Number::New(env, static_cast<double>(memory.workspace_bytes)));
+  return object;
+}
+
+Napi::Value ErrorToJs(Napi::Env env, std::exception_ptr error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const Napi::Error& thrown) {
+    return thrown.Value();
+  } catch (const Error& thrown) {
+    return CodedError(env, thrown.code(), thrown.what());
+  } catch (const std::bad_alloc&) {
+    return CodedError(env, ErrorCode::kOutOfMemory, "memory is exhausted");
+  } catch (const std::exception& thrown) {
+    return CodedError(env, ErrorCode::kInternal, thrown.what());
+  } catch (...) {
+    return CodedError(env, ErrorCode::kInternal, "an unknown native exception");
+  }
+}
+
+}  // namespace tandem

@@ -1,0 +1,132 @@
+#include "binding/engine_wrap.h"
+
+#include <atomic>
+#include <mutex>
+#include <utility>
+
+#include "core/error.h"
+
+namespace tandem {
+
+// An engine on its own thread. Load, Run and Unload are for that thread. The last reference to it is dropped on the JavaScript thread, where calls are
+// settled and objects collected: it waits for the thread, which has nothing to do then.
+class EngineThread final : public Stoppable {
+ public:
+  EngineMemory Load(EngineOptions options) {
+    auto engine = std::make_unique<Engine>(std::move(options), cancelled_);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    engine_ = std::move(engine);
+    if (cancelled_.load()) engine_->Abort();
+    return engine_->memory();
+  }
+
+  StepResult Run(const Step& step) { return engine_->Run(step); }
+
+  void Unload() {
+    std::unique_ptr<Engine> engine;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    engine = std::move(engine_);
+  }
+
+  void Abort() {
+    cancelled_.store(true);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (engine_ != nullptr) engine_->Abort();
+  }
+
+  void Stop() override {
+    Abort();
+    thread_.Stop();
+  }
+
+  TaskThread& thread() { return thread_; }
+
+ private:
+  std::atomic<bool> cancelled_{false};
+  std::mutex mutex_;  // Abort comes from another thread than the one that loads and unloads
+  std::unique_ptr<Engine> engine_;
+  TaskThread thread_;  // last: gone before what it works on
+};
+
+struct EngineWrap::Loaded {
+  std::shared_ptr<Runtime> runtime;
+  std::shared_ptr<EngineThread> engine;
+  EngineMemory memory;
+};
+
+namespace {
+
+Napi::Value Rejected(Napi::Env env, std::exception_ptr error) {
+  const Napi::Promise::Deferred deferred = Napi::Promise::Deferred::New(env);
+  deferred.Reject(ErrorToJs(env, error));
+  return deferred.Promise();
+}
+
+}  // namespace
+
+Napi::Function EngineWrap::Define(Napi::Env env) {
+  return DefineClass(env, "NativeEngine",
+                     {InstanceMethod<&EngineWrap::StepMethod>("step"), InstanceAccessor<&EngineWrap::Memory>("memory"),
+                      InstanceMethod<&EngineWrap::AbortMethod>("abort"), InstanceMethod<&EngineWrap::DisposeMethod>("dispose")});
+}
+
+Napi::Value EngineWrap::Create(const Napi::CallbackInfo& info, const std::shared_ptr<Runtime>& runtime, const Napi::FunctionReference& constructor) {
+  try {
+    auto options = std::make_shared<EngineOptions>(EngineOptionsFromJs(info[0]));
+    auto engine = std::make_shared<EngineThread>();
+    runtime->Watch(engine);
+    const auto load = [engine, options] { return engine->Load(std::move(*options)); };
+    const auto wrap = [engine, runtime, &constructor](Napi::Env env, EngineMemory& memory) -> Napi::Value {
+      Loaded loaded{runtime, engine, memory};
+      return constructor.New({Napi::External<Loaded>::New(env, &loaded)});
+    };
+    return AsyncCall<EngineMemory>::Start(info.Env(), runtime, engine->thread(), load, wrap);
+  } catch (...) {
+    return Rejected(info.Env(), std::current_exception());
+  }
+}
+
+EngineWrap::EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<EngineWrap>(info) {
+  if (!info[0].IsExternal()) throw Napi::TypeError::New(info.Env(), "an engine is made by createEngine");
+  const Loaded& loaded = *info[0].As<Napi::External<Loaded>>().Data();
+  runtime_ = loaded.runtime;
+  engine_ = loaded.engine;
+  abortable_ = engine_;
+  memory_ = loaded.memory;
+}
+
+Napi::Value EngineWrap::StepMethod(const Napi::CallbackInfo& info) {
+  try {
+    if (engine_ == nullptr) throw Error(ErrorCode::kAborted, "the engine was disposed of");
+    auto step = std::make_shared<const Step>(StepFromJs(info[0]));
+    const auto run = [engine = engine_, step] { return engine->Run(*step); };
+    return AsyncCall<StepResult>::Start(info.Env(), runtime_, engine_->thread(), run,
+                                        [](Napi::Env env, StepResult& result) { return StepResultToJs(env, result); });
+  } catch (...) {
+    return Rejected(info.Env(), std::current_exception());
+  }
+}
+
+Napi::Value EngineWrap::Memory(const Napi::CallbackInfo& info) { return MemoryToJs(info.Env(), memory_); }
+
+Napi::Value EngineWrap::AbortMethod(const Napi::CallbackInfo& info) {
+  if (const std::shared_ptr<EngineThread> engine = abortable_.lock()) engine->Abort();
+  return info.Env().Undefined();
+}
+
+Napi::Value EngineWrap::DisposeMethod(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  if (engine_ == nullptr) {
+    const Napi::Promise::Deferred deferred = Napi::Promise::Deferred::New(env);
+    deferred.Resolve(env.Undefined());
+    return deferred.Promise();
+  }
+  const std::shared_ptr<EngineThread> engine = std::move(engine_);
+  const auto unload = [engine] {
+    engine->Unload();
+    return true;
+  };
+  return AsyncCall<bool>::Start(env, runtime_, engine->thread(), unload, [](Napi::Env env, bool&) { return env.Undefined(); });
+}
+
+}  // namespace tandem

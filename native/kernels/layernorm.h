@@ -1,0 +1,22 @@
+// Layer norm, and the sum before it that a GLM layer always needs.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_features.h"
+#include "core/thread_pool.h"
+
+namespace tandem {
+
+// y[i, :] = (x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance over the row
+//   x, y: [m, n] dense, may be the same memory; weight, bias: [n]
+void LayerNorm(Isa isa, const float* x, int64_t m, int64_t n, const float* weight, const float* bias, float eps, float* y, ThreadPool& pool);
+
+// x[i, c] = alpha * x[i, c] + delta[i, c] + bias[c]: GLM's residual, the normalised value times alpha plus the sub-layer's output
+//   x, delta: [m, n] dense, no overlap; bias: [n]
+void ResidualAdd(Isa isa, float* x, float alpha, const float* delta, const float* bias, int64_t m, int64_t n, ThreadPool& pool);
+
+void LayerNormRef(const float* x, int64_t m, int64_t n, const float* weight, const float* bias, float eps, float* y);
+void ResidualAddRef(float* x, float alpha, const float* delta, const float* bias, int64_t m, int64_t n);
+
+}  // namespace tandem

@@ -1,0 +1,73 @@
+// The operations that the forward pass is written against. A backend owns the weights of one rank, its KV cache, the activations and the way to the other
+// ranks; where they lie (host or device) is its own affair. Calls come from one thread and take effect in their order.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/rope.h"
+#include "model/step.h"
+
+namespace tandem {
+
+// Activations: one row for each row of the batch. A wide or narrow one holds whatever the operation that wrote it last put there, dense.
+enum class Activation {
+  kHidden,  // [m, h]
+  kDelta,   // [m, h]
+  kWide,    // [m, 3 h / R] or [m, 2 f / R]
+  kNarrow,  // [m, h / R] or [m, f / R]
+};
+
+enum class Projection { kQueryKeyValue, kDense, kHTo4h, k4hToH };
+enum class Norm { kInput, kPostAttention, kFinal };
+
+// The rows of one step, the runs of all Extends one after another.
+struct Batch {
+  std::vector<uint32_t> tokens;
+  std::vector<KvSlot> slots;
+  std::vector<AttentionRow> attention;  // block tables: memory of the step
+};
+
+// A row of logits to be looked at: row `row` of the last Logits call is wanted row `index` of extends[extend].
+struct LogitsRow {
+  int64_t row;
+  size_t extend;
+  int64_t index;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual bool is_first_rank() const = 0;
+
+  virtual void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) = 0;
+  // Starts a step of batch.tokens.size() rows; `batch` lives until the last Logits call.
+  virtual void Begin(const Batch& batch) = 0;
+  // The rows' embeddings where this rank has them, else zeros.
+  virtual void Embed(Activation out) = 0;
+  virtual void LayerNorm(int64_t layer, Norm norm, Activation x) = 0;  // in place; layer is ignored for kFinal
+  // Column-parallel layers (kQueryKeyValue, kHTo4h) with their bias; row-parallel ones (kDense, k4hToH) without: AddResidual adds it once for all ranks.
+  virtual void Linear(int64_t layer, Projection projection, Activation in, Activation out) = 0;
+  virtual void RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) = 0;
+  // Goes on with these rows of kHidden, kNarrow and the batch alone. Ascending, not empty.
+  virtual void KeepRows(const std::vector<int64_t>& rows) = 0;
+  virtual void Attention(int64_t layer, Activation q) = 0;  // in place
+  virtual void Geglu(Activation u, Activation y) = 0;
+  virtual void AllReduce(Activation x) = 0;
+  // x = alpha x + delta + the projection's bias
+  virtual void AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) = 0;
+  // Logits [count, V] of rows [first, first + count) of kHidden, gathered on rank 0. count <= kMaxLogitsRows.
+  virtual void Logits(int64_t first, int64_t count) = 0;
+  // Rank 0: what the Extends want of the logits of the last Logits call.
+  virtual void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) = 0;
+
+  // Time since Begin that went into collectives.
+  virtual int64_t collective_micros() const = 0;
+};
+
+// Keeps the memory for logits bounded however many rows are wanted.
+constexpr int64_t kMaxLogitsRows = 64;
+
+}  // namespace tandem

@@ -1,0 +1,164 @@
+#include "model/cpu_backend.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <exception>
+#include <mutex>
+
+#include "kernels/embedding.h"
+#include "kernels/geglu.h"
+#include "kernels/layernorm.h"
+#include "kernels/linear.h"
+#include "model/evaluate_want.h"
+
+namespace tandem {
+
+CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache& kv, Communicator& communicator, ThreadPool& pool, Isa isa,
+                       int64_t max_batch_tokens)
+    : shape_(shape),
+      weights_(weights),
+      kv_(kv),
+      communicator_(communicator),
+      pool_(pool),
+      isa_(isa),
+      local_hidden_(shape.hidden_size / communicator.world_size()),
+      local_inner_(shape.inner_hidden_size / communicator.world_size()),
+      local_vocab_(shape.vocab_size / communicator.world_size()),
+      rotary_(MakeRotaryTable(shape.max_sequence_length, shape.head_dim(), shape.rotary_base, shape.rotary_precision)) {
+  const int64_t row = static_cast<int64_t>(sizeof(float));
+  const int64_t columns[] = {shape.hidden_size, shape.hidden_size, std::max(3 * local_hidden_, 2 * local_inner_), std::max(local_hidden_, local_inner_)};
+  for (int i = 0; i < 4; ++i) activations_[i] = AlignedBuffer(max_batch_tokens * columns[i] * row, "activations");
+  const int64_t logits_rows = std::min(kMaxLogitsRows, max_batch_tokens);
+  local_logits_ = AlignedBuffer(logits_rows * local_vocab_ * row, "logits");
+  if (communicator.world_size() > 1) gathered_logits_ = AlignedBuffer(logits_rows * shape.vocab_size * row, "logits");
+  if (communicator.world_size() > 1 && is_first_rank()) logits_ = AlignedBuffer(logits_rows * shape.vocab_size * row, "logits");
+}
+
+int64_t CpuBackend::workspace_bytes() const {
+  int64_t bytes = local_logits_.bytes() + gathered_logits_.bytes() + logits_.bytes();
+  for (const AlignedBuffer& buffer : activations_) bytes += buffer.bytes();
+  return bytes + static_cast<int64_t>((rotary_.cos.size() + rotary_.sin.size()) * sizeof(float));
+}
+
+template <typename Collective>
+void CpuBackend::Timed(Collective collective) {
+  const auto begin = std::chrono::steady_clock::now();
+  collective();
+  collective_nanos_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+}
+
+void CpuBackend::CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) {
+  for (size_t i = 0; i + 1 < from_to_pairs.size(); i += 2) kv_.CopyBlock(from_to_pairs[i], from_to_pairs[i + 1]);
+}
+
+void CpuBackend::Begin(const Batch& batch) {
+  batch_ = &batch;
+  rows_ = static_cast<int64_t>(batch.tokens.size());
+  attention_ = batch.attention;
+  collective_nanos_ = 0;
+}
+
+void CpuBackend::Embed(Activation out) {
+  const uint32_t first_token = static_cast<uint32_t>(communicator_.rank() * local_vocab_);
+  tandem::Embed(weights_.word_embeddings.weight, first_token, batch_->tokens.data(), rows_, At(out), pool_);
+}
+
+void CpuBackend::LayerNorm(int64_t layer, Norm norm, Activation x) {
+  const LayerNormWeights& weights = norm == Norm::kFinal   ? weights_.final_layernorm
+                                    : norm == Norm::kInput ? Layer(layer).input_layernorm
+                                                           : Layer(layer).post_attention_layernorm;
+  tandem::LayerNorm(isa_, At(x), rows_, shape_.hidden_size, weights.weight.data(), weights.bias.data(), shape_.layernorm_epsilon, At(x), pool_);
+}
+
+void CpuBackend::Linear(int64_t layer, Projection projection, Activation in, Activation out) {
+  const LayerWeights& weights = Layer(layer);
+  const LinearWeight* weight = nullptr;
+  const float* bias = nullptr;
+  switch (projection) {
+    case Projection::kQueryKeyValue:
+      weight = &weights.query_key_value.weight;
+      bias = weights.query_key_value_bias.data();
+      break;
+    case Projection::kDense:
+      weight = &weights.dense.weight;
+      break;
+    case Projection::kHTo4h:
+      weight = &weights.dense_h_to_4h.weight;
+      bias = weights.dense_h_to_4h_bias.data();
+      break;
+    case Projection::k4hToH:
+      weight = &weights.dense_4h_to_h.weight;
+      break;
+  }
+  tandem::Linear(isa_, *weight, At(in), rows_, weight->cols, bias, At(out), weight->rows, pool_);
+}
+
+void CpuBackend::RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) {
+  tandem::RotaryAndWriteKv(isa_, At(qkv), rows_, batch_->slots.data(), rotary_, kv_.layer(layer), At(q), pool_);
+}
+
+void CpuBackend::KeepRows(const std::vector<int64_t>& rows) {
+  const auto keep = [&](float* x, int64_t columns) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t to = static_cast<int64_t>(i), from = rows[i];
+      if (to != from) std::memcpy(x + to * columns, x + from * columns, static_cast<size_t>(columns) * sizeof(float));
+    }
+  };
+  keep(At(Activation::kHidden), shape_.hidden_size);
+  keep(At(Activation::kNarrow), local_hidden_);
+  for (size_t i = 0; i < rows.size(); ++i) attention_[i] = attention_[static_cast<size_t>(rows[i])];
+  rows_ = static_cast<int64_t>(rows.size());
+}
+
+void CpuBackend::Attention(int64_t layer, Activation q) {
+  tandem::Attention(isa_, At(q), attention_.data(), rows_, kv_.layer(layer), At(q), pool_);
+}
+
+void CpuBackend::Geglu(Activation u, Activation y) { tandem::Geglu(isa_, At(u), rows_, local_inner_, At(y), pool_); }
+
+void CpuBackend::AllReduce(Activation x) {
+  Timed([&] { communicator_.AllReduceSum(At(x), rows_ * shape_.hidden_size); });
+}
+
+void CpuBackend::AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) {
+  const LayerWeights& weights = Layer(layer);
+  const std::vector<float>& bias = projection == Projection::kDense ? weights.dense_bias : weights.dense_4h_to_h_bias;
+  ResidualAdd(isa_, At(x), alpha, At(delta), bias.data(), rows_, shape_.hidden_size, pool_);
+}
+
+void CpuBackend::Logits(int64_t first, int64_t count) {
+  const LinearWeight& weight = weights_.word_embeddings.weight;
+  float* local = local_logits_.as<float>();
+  tandem::Linear(isa_, weight, At(Activation::kHidden) + first * shape_.hidden_size, count, shape_.hidden_size, nullptr, local, local_vocab_, pool_);
+  if (communicator_.world_size() == 1) return;
+  float* gathered = gathered_logits_.as<float>();
+  Timed([&] { communicator_.AllGather(local, count * local_vocab_ * static_cast<int64_t>(sizeof(float)), gathered); });
+  if (!is_first_rank()) return;
+  for (int64_t rank = 0; rank < communicator_.world_size(); ++rank) {
+    for (int64_t row = 0; row < count; ++row) {
+      std::memcpy(logits_.as<float>() + row * shape_.vocab_size + rank * local_vocab_, gathered + (rank * count + row) * local_vocab_,
+                  static_cast<size_t>(local_vocab_) * sizeof(float));
+    }
+  }
+}
+
+void CpuBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) {
+  const float* logits = communicator_.world_size() == 1 ? local_logits_.as<float>() : logits_.as<float>();
+  std::mutex mutex;
+  std::exception_ptr error;
+  pool_.ParallelFor(static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const LogitsRow& row = rows[static_cast<size_t>(i)];
+      try {
+        EvaluateRow(logits + row.row * shape_.vocab_size, shape_.vocab_size, extends[row.extend].want, row.index, results[row.extend]);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace tandem

@@ -1,0 +1,66 @@
+// The backend that computes on the CPU through kernels/.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "core/cpu_features.h"
+#include "core/thread_pool.h"
+#include "model/backend.h"
+#include "model/kv_cache.h"
+#include "model/model_shape.h"
+#include "model/weights.h"
+
+namespace tandem {
+
+class CpuBackend final : public Backend {
+ public:
+  // Keeps references to all but the numbers.
+  CpuBackend(const ModelShape& shape, const Weights& weights, KvCache& kv, Communicator& communicator, ThreadPool& pool, Isa isa, int64_t max_batch_tokens);
+
+  bool is_first_rank() const override { return communicator_.rank() == 0; }
+  void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) override;
+  void Begin(const Batch& batch) override;
+  void Embed(Activation out) override;
+  void LayerNorm(int64_t layer, Norm norm, Activation x) override;
+  void Linear(int64_t layer, Projection projection, Activation in, Activation out) override;
+  void RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) override;
+  void KeepRows(const std::vector<int64_t>& rows) override;
+  void Attention(int64_t layer, Activation q) override;
+  void Geglu(Activation u, Activation y) override;
+  void AllReduce(Activation x) override;
+  void AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) override;
+  void Logits(int64_t first, int64_t count) override;
+  void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) override;
+  int64_t collective_micros() const override { return collective_nanos_ / 1000; }
+
+  int64_t workspace_bytes() const;
+
+ private:
+  float* At(Activation activation) const { return activations_[static_cast<int>(activation)].as<float>(); }
+  const LayerWeights& Layer(int64_t layer) const { return weights_.layers[static_cast<size_t>(layer)]; }
+  template <typename Collective>
+  void Timed(Collective collective);
+
+  const ModelShape shape_;
+  const Weights& weights_;
+  KvCache& kv_;
+  Communicator& communicator_;
+  ThreadPool& pool_;
+  const Isa isa_;
+  const int64_t local_hidden_, local_inner_, local_vocab_;
+  const RotaryTable rotary_;
+
+  AlignedBuffer activations_[4];
+  AlignedBuffer local_logits_;     // [kMaxLogitsRows, V / R]
+  AlignedBuffer gathered_logits_;  // [R, kMaxLogitsRows, V / R]; only where R > 1
+  AlignedBuffer logits_;           // [kMaxLogitsRows, V] on rank 0; only where R > 1
+
+  const Batch* batch_ = nullptr;
+  int64_t rows_ = 0;
+  std::vector<AttentionRow> attention_;
+  int64_t collective_nanos_ = 0;
+};
+
+}  // namespace tandem

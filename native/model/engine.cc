@@ -1,0 +1,66 @@
+#include "model/engine.h"
+
+#include <exception>
+#include <utility>
+
+#include "core/error.h"
+#include "model/glm.h"
+
+namespace tandem {
+namespace {
+
+void Check(bool legal, const std::string& what) {
+  if (!legal) throw Error(ErrorCode::kInvalidArgument, what);
+}
+
+// What can be known to be wrong before threads are started and other ranks are met.
+ModelShape CheckedShape(const EngineOptions& options) {
+  CheckModelShape(options.model, options.shard);
+  Check(options.threads >= 1 && options.threads <= 1024, "threads: " + std::to_string(options.threads) + " is not in 1 .. 1024");
+  Check(options.max_batch_tokens >= 1 && options.max_batch_tokens <= int64_t{1} << 24,
+        "maxBatchTokens: " + std::to_string(options.max_batch_tokens) + " is not in 1 .. 2^24");
+  if (options.isa) Check(IsaSupported(*options.isa), std::string("isa: this CPU has no ") + IsaName(*options.isa) + ", its best is " + IsaName(BestIsa()));
+  Check(options.shard.world_size == 1 || options.communicator, "communicator: world size " + std::to_string(options.shard.world_size) + " needs one");
+  return options.model;
+}
+
+std::unique_ptr<Communicator> Connect(const EngineOptions& options, const std::atomic<bool>& cancelled) {
+  if (options.shard.world_size == 1) return MakeLocalCommunicator();
+  ShmOptions shm;
+  shm.name = options.communicator->name;
+  shm.timeout_ms = options.communicator->timeout_ms;
+  shm.rank = options.shard.rank;
+  shm.world_size = options.shard.world_size;
+  return MakeShmCommunicator(shm, cancelled);
+}
+
+}  // namespace
+
+Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
+    : shape_(CheckedShape(options)),
+      cancelled_(cancelled),
+      limits_{shape_.vocab_size, shape_.max_sequence_length, options.kv_blocks, options.kv_block_size, options.max_batch_tokens},
+      pool_(options.threads),
+      kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
+          options.kv_type),
+      communicator_(Connect(options, cancelled)),
+      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), pool_, cancelled)),
+      backend_(shape_, weights_, kv_, *communicator_, pool_, options.isa.value_or(BestIsa()), options.max_batch_tokens) {}
+
+StepResult Engine::Run(const Step& step) {
+  if (cancelled_.load()) throw Error(ErrorCode::kAborted, "the engine was aborted");
+  ValidateStep(step, limits_);
+  StepResult result;
+  try {
+    result = RunStep(shape_, step, limits_.block_size, backend_, cancelled_);
+  } catch (...) {
+    communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
+    throw;
+  }
+  if (result.error) std::rethrow_exception(result.error);
+  return result;
+}
+
+EngineMemory Engine::memory() const { return {weights_.bytes(), kv_.bytes(), backend_.workspace_bytes()}; }
+
+}  // namespace tandem

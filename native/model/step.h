@@ -1,0 +1,86 @@
+// What one engine step runs and what it returns: a batch of Extends (design section 1). Plain values.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "kernels/sampling.h"
+
+namespace tandem {
+
+struct WantNothing {};
+struct WantSample {
+  SamplingParams params;
+  NoiseKey noise;
+  uint32_t top_logprobs = 0;
+};
+struct WantCandidates {
+  uint32_t count = 0;
+  std::vector<uint32_t> banned_tokens;
+  std::optional<NoiseKey> noise;  // given: drawn without replacement
+};
+// Log-probability of tokens[i] at row (run length - tokens.size() + i).
+struct WantTargets {
+  std::vector<uint32_t> tokens;
+};
+// Raw logits of the last `rows` rows.
+struct WantLogits {
+  uint32_t rows = 0;
+};
+using Want = std::variant<WantNothing, WantSample, WantCandidates, WantTargets, WantLogits>;
+
+// How many of a run's last rows need logits.
+int64_t WantedRows(const Want& want);
+
+struct Extend {
+  std::vector<uint32_t> tokens;
+  std::vector<uint32_t> positions;
+  std::vector<uint32_t> block_table;
+  int64_t cached_tokens = 0;
+  int64_t bidirectional_tokens = 0;
+  Want want;
+};
+
+struct Step {
+  uint32_t step_id = 0;
+  std::vector<uint32_t> block_copies;  // from, to, from, to, ...: done first, in this order
+  std::vector<Extend> extends;
+};
+
+struct SampleResult {
+  uint32_t token = 0;
+  float logprob = 0;
+  std::vector<uint32_t> top_tokens;
+  std::vector<float> top_logprobs;
+};
+struct TargetsResult {
+  std::vector<float> logprobs;
+};
+struct LogitsResult {
+  std::vector<float> logits;  // [rows, V]
+};
+using ExtendResult = std::variant<WantNothing, SampleResult, Candidates, TargetsResult, LogitsResult>;
+
+struct StepResult {
+  uint32_t step_id = 0;
+  std::vector<ExtendResult> results;  // one for each Extend on rank 0; empty on the other ranks
+  int64_t compute_micros = 0;         // the whole step
+  int64_t collective_micros = 0;      // of which in collectives, waiting included
+  std::exception_ptr error;           // set: the results are not valid, but the ranks are still in step
+};
+
+struct StepLimits {
+  int64_t vocab_size = 0;
+  int64_t max_sequence_length = 0;
+  int64_t num_blocks = 0;
+  int64_t block_size = 0;
+  int64_t max_batch_tokens = 0;
+};
+
+// Throws kInvalidArgument naming the field, as in "extends[3].blockTable". Depends on the arguments alone: all ranks accept or refuse alike.
+void ValidateStep(const Step& step, const StepLimits& limits);
+
+}  // namespace tandem
