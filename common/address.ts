@@ -30,18 +30,26 @@ export function clientAddress(text: string): string {
 }
 
 export function isLoopback(address: Address): boolean {
-  return address.kind === 'unix' || address.host === 'localhost' || address.host === '[::1]' || /^127\./.test(address.host);
+  return (
+    address.kind === 'unix' ||
+    address.host === 'localhost' ||
+    address.host === '[::1]' ||
+    /^127\.\d{1,3}\.\d{1,3}\.\d{1,3}$/.test(address.host)
+  );
 }
 
 export function clientCredentials(): ChannelCredentials {
   return credentials.createInsecure();
 }
 
+/** Prompts go to the server itself, whatever proxy the environment names for other things. */
+export const CLIENT_CHANNEL_OPTIONS: ChannelOptions = { 'grpc.enable_http_proxy': 0 };
+
 /** The largest message between coordinator and worker: raw logits of many rows. */
 export const MAX_LINK_MESSAGE_BYTES = 512 * 1024 * 1024;
 
 export const LINK_CHANNEL_OPTIONS: ChannelOptions = {
+  ...CLIENT_CHANNEL_OPTIONS,
   'grpc.max_receive_message_length': MAX_LINK_MESSAGE_BYTES,
   'grpc.max_send_message_length': MAX_LINK_MESSAGE_BYTES,
-  'grpc.enable_http_proxy': 0,
 };

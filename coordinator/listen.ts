@@ -1,5 +1,6 @@
-import { unlinkSync, lstatSync } from 'node:fs';
-import { connect } from 'node:net';
+import { existsSync, lstatSync, unlinkSync } from 'node:fs';
+import { connect, createServer } from 'node:net';
+import { dirname } from 'node:path';
 import { ServerCredentials, type Server } from '@grpc/grpc-js';
 import { parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
@@ -25,7 +26,24 @@ export async function listen(server: Server, text: string): Promise<string> {
   return address.kind === 'unix' ? target : `${address.host}:${port}`;
 }
 
+/**
+ * Whether {@link listen} could bind the address now: asked before the minutes that a model takes to load.
+ * @throws ConfigError as `listen` does
+ */
+export async function checkListen(text: string): Promise<void> {
+  const address = parseAddress(text);
+  if (address.kind === 'unix') await removeStaleSocket(address.path);
+  const probe = createServer();
+  await new Promise<void>((resolve, reject) => {
+    probe.once('error', (error) => reject(new ConfigError(`cannot listen on ${text}: ${plainReason(error)}`)));
+    const where = address.kind === 'unix' ? { path: address.path } : { host: address.host.replace(/^\[(.*)\]$/, '$1'), port: address.port };
+    probe.listen(where, resolve);
+  });
+  await new Promise((resolve) => probe.close(resolve));
+}
+
 async function removeStaleSocket(path: string): Promise<void> {
+  if (!existsSync(dirname(path))) throw new ConfigError(`cannot listen on unix:${path}: there is no folder ${dirname(path)}`);
   const stat = lstatSync(path, { throwIfNoEntry: false });
   if (!stat) return;
   if (!stat.isSocket()) throw new ConfigError(`cannot listen on unix:${path}: a file that is no socket is there, choose another path`);

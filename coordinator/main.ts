@@ -15,7 +15,7 @@ import { createGrpcServer } from './api/grpc-server.js';
 import { ServingService } from './api/service.js';
 import { Supervisor } from './group/supervisor.js';
 import { WorkerGroup } from './group/worker-group.js';
-import { listen } from './listen.js';
+import { checkListen, listen } from './listen.js';
 import { ServingLoop } from './serving-loop.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { statusSnapshot } from './status/snapshot.js';
@@ -31,6 +31,8 @@ export interface ServeOptions {
   readonly workerListen: string | null;
   /** False: workers are started by somebody else (systemd) and dial in. */
   readonly supervise: boolean;
+  /** What workers that are started by somebody else have to present; null: nothing. */
+  readonly workerToken: string | null;
   /** Executable and arguments of one worker, for supervised ones: the link's address and the rank are appended. */
   readonly workerCommand: readonly string[];
   /** Null: enough for 32 sequences of full length, within a quarter of the memory. */
@@ -52,6 +54,8 @@ export interface RunningServer {
 const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
+/** Requests that may wait for KV blocks. */
+const MAX_QUEUED = 1024;
 const HEARTBEAT_MS = 1000;
 const SHUTDOWN_GRACE_MS = 1000;
 const MAX_RESTARTS_PER_MINUTE = 5;
@@ -60,11 +64,9 @@ const MAX_RESTARTS_PER_MINUTE = 5;
 export async function startServer(options: ServeOptions): Promise<RunningServer> {
   const startMs = performance.now();
   const log = createLogger('coordinator', options.logLevel);
-  if (!isLoopback(parseAddress(options.listen))) {
-    throw new ConfigError(
-      `--listen ${options.listen}: there is no authentication yet, so only unix:/path and loopback addresses are allowed`,
-    );
-  }
+  requireLoopback('--listen', options.listen);
+  if (options.workerListen !== null) requireLoopback('--worker-listen', options.workerListen);
+  await checkListen(options.listen);
   const store = await openStore(options.model);
   const { config } = store;
   const share = localShare(config, options.worldSize);
@@ -74,7 +76,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
   const runtimeDir = mkdtempSync(join(tmpdir(), 'tandem-')); // mode 0700: only this user's workers reach the link
   process.once('exit', () => rmSync(runtimeDir, { recursive: true, force: true }));
-  const token = options.supervise ? randomBytes(16).toString('hex') : null;
+  const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
   let supervisor: Supervisor | null = null;
   const group = new WorkerGroup({
@@ -92,7 +94,9 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     heartbeatMs: HEARTBEAT_MS,
     token,
     log,
-    onDismissed: (rank) => supervisor?.expectExit(rank),
+    vocabSize: config.vocabSize,
+    onAttached: (rank) => supervisor?.attached(rank),
+    onDismissed: (rank, isCulprit) => supervisor?.expectExit(rank, isCulprit),
   });
 
   const linkServer = new Server(LINK_CHANNEL_OPTIONS);
@@ -124,7 +128,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     } else log.info({ address: linkAddress, worldSize: options.worldSize }, 'waiting for workers');
     await group.ready();
 
-    loop = new ServingLoop(group, { maxBatchTokens: maxRunTokens + MAX_EXTENDS, maxExtends: MAX_EXTENDS }, log);
+    loop = new ServingLoop(group, { maxBatchTokens: maxRunTokens + MAX_EXTENDS, maxExtends: MAX_EXTENDS, maxQueued: MAX_QUEUED }, log);
     const service = new ServingService(loop, config, tokenizer, KV_BLOCK_SIZE);
     const running = loop;
     publicServer = createGrpcServer({
@@ -157,6 +161,12 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     await close();
     throw error;
   }
+}
+
+/** @throws ConfigError */
+function requireLoopback(flag: string, address: string): void {
+  if (isLoopback(parseAddress(address))) return;
+  throw new ConfigError(`${flag} ${address}: there is no authentication yet, so only unix:/path and loopback addresses are allowed`);
 }
 
 /** Lets the last messages reach the clients. */

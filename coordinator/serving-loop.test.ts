@@ -3,13 +3,13 @@ import { afterEach, expect, test } from 'vitest';
 import { CancelledError, EngineError, InvalidRequestError, NotReadyError, WorkerLostError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
 import type { Sequences, Strategy } from './generation/strategy.js';
-import type { Engine, EngineStep, EngineStepResult } from './group/engine.js';
+import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { ServingLoop, type Job, type Ticket } from './serving-loop.js';
 
 const log = createLogger('test', 'silent');
 const BLOCK_SIZE = 4;
-const limits = { maxBatchTokens: 64, maxExtends: 16 };
+const limits = { maxBatchTokens: 64, maxExtends: 16, maxQueued: 100 };
 const open: ServingLoop[] = [];
 
 afterEach(async () => {
@@ -72,19 +72,21 @@ const shape = fc.record({
   samples: fc.integer({ min: 1, max: 4 }),
 });
 
+// Not three in a row: that would look as if the requests did it.
+const lostSteps = fc.uniqueArray(
+  fc.integer({ min: 0, max: 12 }).map((i) => 3 * i + 1),
+  { maxLength: 4 },
+);
+
 test('a request gives the same tokens among others, with few blocks, and when ranks are lost', async () => {
   await fc.assert(
-    fc.asyncProperty(
-      fc.array(shape, { minLength: 1, maxLength: 12 }),
-      fc.uniqueArray(fc.integer({ min: 1, max: 30 }), { maxLength: 4 }),
-      async (shapes, lost) => {
-        const { loop } = start({ kvBlocks: 64, lostSteps: new Set(lost) });
-        const tickets = shapes.map((each, seed) => loop.submit(job(each, seed)));
-        const together = await Promise.all(tickets.map(async ({ done }) => (await done).value));
-        expect(together).toEqual(await Promise.all(shapes.map(alone)));
-        expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
-      },
-    ),
+    fc.asyncProperty(fc.array(shape, { minLength: 1, maxLength: 12 }), lostSteps, async (shapes, lost) => {
+      const { loop } = start({ kvBlocks: 64, lostSteps: new Set(lost) });
+      const tickets = shapes.map((each, seed) => loop.submit(job(each, seed)));
+      const together = await Promise.all(tickets.map(async ({ done }) => (await done).value));
+      expect(together).toEqual(await Promise.all(shapes.map(alone)));
+      expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+    }),
     { numRuns: 60 },
   );
 });
@@ -160,4 +162,50 @@ test('closing ends what is under way with a NotReadyError', async () => {
   await loop.close();
   await ended;
   expect(() => loop.submit(job({ prompt: 5, newTokens: 1, samples: 1 }, 0))).toThrow(NotReadyError);
+});
+
+test('a request that ends every epoch fails alone, and the others go on', async () => {
+  class Poisoned extends FakeEngine {
+    override step(step: EngineStep): Promise<EngineStepResult> {
+      if (step.extends.some(({ tokens }) => tokens.length === 23)) return Promise.reject(new EpochEndedError('rank 1: out of memory'));
+      return super.step(step);
+    }
+  }
+  const loop = new ServingLoop(new Poisoned({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997 }), limits, log);
+  open.push(loop);
+  const before = loop.submit(job({ prompt: 5, newTokens: 30, samples: 2 }, 1));
+  const poison = loop.submit(job({ prompt: 23, newTokens: 3, samples: 1 }, 2));
+  const after = loop.submit(job({ prompt: 6, newTokens: 3, samples: 1 }, 3));
+  await expect(poison.done).rejects.toThrow("the workers were lost 3 times in this request's steps, last: rank 1: out of memory");
+  expect((await before.done).value).toEqual(await alone({ prompt: 5, newTokens: 30, samples: 2 }, 1));
+  expect((await after.done).value).toEqual(await alone({ prompt: 6, newTokens: 3, samples: 1 }, 3));
+});
+
+test('a request can be cancelled while there are no workers', async () => {
+  class Absent extends FakeEngine {
+    override ready(): Promise<void> {
+      return new Promise(() => {});
+    }
+  }
+  const engine = new Absent({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, lostSteps: new Set([2]) });
+  const loop = new ServingLoop(engine, limits, log);
+  open.push(loop);
+  const ticket = loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, 0));
+  setTimeout(() => ticket.cancel(), 20);
+  await expect(ticket.done).rejects.toThrow(CancelledError);
+  expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+});
+
+test('a request that needs more blocks than it reserved fails, and the loop goes on', async () => {
+  const { loop } = start({ kvBlocks: 8 });
+  const greedy = loop.submit({ ...job({ prompt: 30, newTokens: 30, samples: 1 }, 1), reserveBlocks: 1 });
+  await expect(greedy.done).rejects.toThrow('no free KV block of 8');
+  const modest = loop.submit(job({ prompt: 4, newTokens: 2, samples: 1 }, 2));
+  expect((await modest.done).value).toEqual(await alone({ prompt: 4, newTokens: 2, samples: 1 }, 2));
+});
+
+test('a full queue refuses with its limit', () => {
+  const { loop } = start({ kvBlocks: 8 });
+  for (let i = 0; i < limits.maxQueued; i++) loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, i)).done.catch(() => {});
+  expect(() => loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, 0))).toThrow('100 requests are waiting, the queue takes 100');
 });

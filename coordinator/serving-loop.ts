@@ -1,4 +1,12 @@
-import { CancelledError, EngineError, InvalidRequestError, NotReadyError, TandemError } from '../common/errors.js';
+import {
+  CancelledError,
+  EngineError,
+  InvalidRequestError,
+  NotReadyError,
+  QueueFullError,
+  TandemError,
+  WorkerLostError,
+} from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
@@ -71,9 +79,19 @@ interface Active {
   firstStepMs: number | null;
   firstResultMs: number | null;
   cancelled: boolean;
+  /** Epochs that ended in one of its steps since its last step that went well. */
+  lostSteps: number;
   readonly resolve: (value: Completed<unknown>) => void;
   readonly reject: (error: Error) => void;
 }
+
+export interface LoopLimits extends StepLimits {
+  /** Requests that may wait for admission. */
+  readonly maxQueued: number;
+}
+
+/** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
+const SUSPECT_AFTER = 2;
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -105,18 +123,21 @@ export class ServingLoop {
 
   constructor(
     private readonly engine: Engine,
-    private readonly limits: StepLimits,
+    private readonly limits: LoopLimits,
     private readonly log: Logger,
     private readonly now: () => number = () => performance.now(),
   ) {
     this.blocks = new BlockManager(engine.capacity.kvBlocks, engine.capacity.blockSize);
-    this.loop = this.run();
+    this.loop = this.run().catch((error: unknown) => this.giveUp(error));
   }
 
   /** Queues a request. Its strategy runs up to its first Extends at once, so whatever it refuses is thrown here. */
   submit<R>(job: Job<R>): Ticket<R> {
     if (this.closed) throw new NotReadyError('the server is shutting down');
     if (this.engineLost) throw new NotReadyError(this.engineLost.message);
+    if (this.waiting.length >= this.limits.maxQueued) {
+      throw new QueueFullError(`${this.waiting.length} requests are waiting, the queue takes ${this.limits.maxQueued}: try again later`);
+    }
     if (job.reserveBlocks > this.blocks.totalBlocks) {
       const { totalBlocks, blockSize } = this.blocks;
       throw new InvalidRequestError(
@@ -141,6 +162,7 @@ export class ServingLoop {
       firstStepMs: null,
       firstResultMs: null,
       cancelled: false,
+      lostSteps: 0,
       resolve,
       reject,
     };
@@ -198,7 +220,8 @@ export class ServingLoop {
         const result = await this.step(runs);
         this.apply(runs, result);
       } catch (error) {
-        if (error instanceof EpochEndedError) await this.recover(error);
+        if (error instanceof EpochEndedError) await this.recover(runs, error);
+        else if (error instanceof WorkerLostError) this.giveUp(error);
         else this.failRequests(runs, error);
       }
     }
@@ -211,10 +234,13 @@ export class ServingLoop {
         refreshCache(sequence, this.blocks);
         return { id: extendId, runTokens: sequence.length - sequence.cachedTokens };
       });
+    const suspect = [...this.running.values()].find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
+    const candidates = suspect ? [suspect] : [...this.running.values()];
+    const waiting = suspect ? [] : this.waiting;
     const plan = schedule(
       {
-        pending: [...this.running.values()].flatMap(toPending),
-        waiting: this.waiting.map((active) => ({ id: active.id, reserveBlocks: active.reserveBlocks, pending: toPending(active) })),
+        pending: candidates.flatMap(toPending).sort((a, b) => a.id - b.id),
+        waiting: waiting.map((active) => ({ id: active.id, reserveBlocks: active.reserveBlocks, pending: toPending(active) })),
         unreservedBlocks: this.blocks.totalBlocks - this.reservedBlocks,
       },
       this.limits,
@@ -227,17 +253,23 @@ export class ServingLoop {
     }
     const chosen = new Set(plan.run);
     const recomputed = new Set<number>();
-    const runs: PlannedRun[] = [];
-    for (const active of this.running.values()) {
-      for (const { extendId, op, sequence } of active.pending) {
-        if (!chosen.has(extendId)) continue;
-        const again = recomputedBlocks(sequence, this.blocks);
-        if (again.some((block) => recomputed.has(block))) continue; // in the next step it finds them computed
-        for (const block of again) recomputed.add(block);
-        runs.push({ ...prepareRun(sequence, this.blocks), active, extendId, op });
+    let hasLogits = false;
+    const planRun = (active: Active, { extendId, op, sequence }: Active['pending'][number]): PlannedRun[] => {
+      if (!chosen.has(extendId) || (op.want.kind === 'logits' && hasLogits)) return []; // one such answer fills a message
+      const again = recomputedBlocks(sequence, this.blocks);
+      if (again.some((block) => recomputed.has(block))) return []; // in the next step it finds them computed
+      for (const block of again) recomputed.add(block);
+      hasLogits ||= op.want.kind === 'logits';
+      return [{ ...prepareRun(sequence, this.blocks), active, extendId, op }];
+    };
+    return [...this.running.values()].flatMap((active) => {
+      try {
+        return active.pending.flatMap((pending) => planRun(active, pending));
+      } catch (error) {
+        this.fail(active, error); // a defect of one request is no reason to end the others
+        return [];
       }
-    }
-    return runs;
+    });
   }
 
   private step(runs: readonly PlannedRun[]): Promise<EngineStepResult> {
@@ -268,7 +300,10 @@ export class ServingLoop {
       if (run.op.want.kind !== 'none') run.active.firstResultMs ??= this.now();
       touched.add(run.active);
     });
-    for (const active of touched) if (active.pending.length === 0) this.resume(active);
+    for (const active of touched) {
+      active.lostSteps = 0;
+      if (active.pending.length === 0) this.resume(active);
+    }
   }
 
   private resume(active: Active): void {
@@ -318,16 +353,45 @@ export class ServingLoop {
   }
 
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
-  private async recover(ended: EpochEndedError): Promise<void> {
+  private async recover(runs: readonly PlannedRun[], ended: EpochEndedError): Promise<void> {
     this.log.warn({ running: this.running.size, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
     this.blocks.loseContents();
     for (const active of this.running.values()) for (const sequence of active.sequences.values()) loseCache(sequence);
-    try {
-      await this.engine.ready();
-    } catch (error) {
-      this.engineLost = error instanceof TandemError ? error : new EngineError(String(error));
-      this.failAll(this.engineLost);
+    const involved = new Set(runs.map(({ active }) => active));
+    for (const active of involved) {
+      active.lostSteps += 1;
+      if (involved.size === 1 && active.lostSteps > SUSPECT_AFTER) {
+        this.fail(
+          active,
+          new EngineError(`the workers were lost ${active.lostSteps} times in this request's steps, last: ${ended.message}`),
+        );
+      }
     }
+    let outcome: { readonly error: unknown } | null = null;
+    this.engine.ready().then(
+      () => {
+        outcome = { error: null };
+        this.wake?.();
+      },
+      (error: unknown) => {
+        outcome = { error };
+        this.wake?.();
+      },
+    );
+    while (!this.closed) {
+      this.dropCancelled();
+      if (outcome) break;
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+    const error = (outcome as { readonly error: unknown } | null)?.error;
+    if (error) this.giveUp(error);
+  }
+
+  /** No step can run any more. */
+  private giveUp(error: unknown): void {
+    if (!(error instanceof TandemError)) this.log.error({ err: error }, 'serving ended by a defect');
+    this.engineLost = error instanceof TandemError ? error : new EngineError(error instanceof Error ? error.message : String(error));
+    this.failAll(this.engineLost);
   }
 
   private dropCancelled(): void {

@@ -9,6 +9,8 @@ import { fileURLToPath, pathToFileURL } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 process.chdir(root);
+/** Folders among the sources that set-up itself fills. */
+const MADE_HERE = ['native/build', 'proto/generated', 'model/tiny/store'];
 
 const [major, minor] = process.versions.node.split('.').map(Number);
 if (major < 20 || (major === 20 && minor < 19)) fail(`Node ${process.versions.node} is here, 20.19 or later is needed`);
@@ -62,10 +64,10 @@ function step(what, stamp, sources, make) {
 function filesBelow(path) {
   if (!statSync(path).isDirectory()) return [path];
   return readdirSync(path, { withFileTypes: true })
-    .filter((entry) => !['build', 'generated', 'store', 'node_modules'].includes(entry.name) || entry.isFile())
+    .filter((entry) => !MADE_HERE.includes(join(path, entry.name)))
     .sort((a, b) => (a.name < b.name ? -1 : 1))
     .flatMap((entry) => filesBelow(join(path, entry.name)))
-    .filter((file) => /\.(ts|proto|cc|h|cu|inc|txt|json)$/.test(file) && !file.includes('/tiny/eval/'));
+    .filter((file) => /\.(ts|proto|cc|h|cu|inc|txt|json)$/.test(file) && !file.startsWith('model/tiny/eval/'));
 }
 
 function npm(...args) {

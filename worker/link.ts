@@ -50,10 +50,14 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
     const load = async (assignment: Assignment__Output): Promise<void> => {
       const start = performance.now();
       epoch = assignment.epoch;
+      // From here on: loading a large shard takes minutes, and a rank that hangs in it has to be found.
+      heartbeat = setInterval(
+        () => link.write({ heartbeat: { epoch, lastStep, memory: engine ? memoryOf(engine) : null } }),
+        assignment.heartbeatMs,
+      );
       engine = await loadEngine(assignment, rank);
       const loadMs = Math.round(performance.now() - start);
       log.info({ epoch, loadMs, weightBytes: engine.memory.weightBytes, kvBytes: engine.memory.kvBytes }, 'shard loaded');
-      heartbeat = setInterval(() => link.write({ heartbeat: { epoch, lastStep, memory: memoryOf(engine!) } }), assignment.heartbeatMs);
       link.write({ ready: { epoch, loadMs, memory: memoryOf(engine) } });
     };
 

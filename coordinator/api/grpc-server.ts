@@ -9,7 +9,7 @@ import type { Status } from '../../proto/generated/tandem/v1/Status.js';
 import type { Ticket } from '../serving-loop.js';
 import { encodeDelta, encodeFinish, encodeScore } from './encode.js';
 import type { ServingService } from './service.js';
-import { checkText, toGenerationRequest, toLogitsRequest, toScoreRequest } from './validate.js';
+import { toDetokenizeIds, toGenerationRequest, toLogitsRequest, toScoreRequest, toTokenizeText } from './validate.js';
 
 /** Largest request a client may send. */
 const MAX_REQUEST_BYTES = 4 * 1024 * 1024;
@@ -62,7 +62,7 @@ function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
     Tokenize(call, callback) {
       void answer(callback, log, () => {
         const tokenizer = service.requireTokenizer();
-        const text = checkText('text', call.request.text);
+        const text = toTokenizeText(call.request);
         if (call.request.asPrompt) return { ids: tokenizer.encodePrompt(text) };
         return { ids: tokenizer.encode(text, { dummyPrefix: !call.request.noDummyPrefix }) };
       });
@@ -70,8 +70,8 @@ function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
     Detokenize(call, callback) {
       void answer(callback, log, () => {
         const tokenizer = service.requireTokenizer();
-        const { ids, showSpecial } = call.request;
-        return { text: showSpecial ? tokenizer.detokenize(ids) : tokenizer.decode(ids) };
+        const ids = toDetokenizeIds(call.request);
+        return { text: call.request.showSpecial ? tokenizer.detokenize(ids) : tokenizer.decode(ids) };
       });
     },
   };

@@ -2,7 +2,7 @@ import { InvalidRequestError } from '../../common/errors.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import { contextOf, generate } from '../generation/blank-filling.js';
-import { logits, type LogitsRequest } from '../generation/logits.js';
+import { checkLogitsRequest, logits, type LogitsRequest } from '../generation/logits.js';
 import type { GenerationDelta, GenerationRequest, GenerationResult, ScoreRequest, ScoreResult } from '../generation/request.js';
 import { generationRequirements, scoreRequirements } from '../generation/requirements.js';
 import { score, scoredTokens } from '../generation/scoring.js';
@@ -43,6 +43,7 @@ export class ServingService {
   }
 
   logits(request: LogitsRequest): Ticket<Float32Array> {
+    checkLogitsRequest(request, this.config);
     return this.loop.submit({
       reserveBlocks: Math.ceil(request.ids.length / this.blockSize),
       start: (sequences) => logits(request, this.config, sequences),

@@ -1,9 +1,11 @@
 /** From wire messages to requests. Every field is checked here, and an error names the field as the client wrote it. */
 import { InvalidRequestError } from '../../common/errors.js';
 import type { BeamSearch__Output } from '../../proto/generated/tandem/v1/BeamSearch.js';
+import type { DetokenizeRequest__Output } from '../../proto/generated/tandem/v1/DetokenizeRequest.js';
 import type { GenerateRequest__Output } from '../../proto/generated/tandem/v1/GenerateRequest.js';
 import type { LogitsRequest__Output } from '../../proto/generated/tandem/v1/LogitsRequest.js';
 import type { ScoreRequest__Output } from '../../proto/generated/tandem/v1/ScoreRequest.js';
+import type { TokenizeRequest__Output } from '../../proto/generated/tandem/v1/TokenizeRequest.js';
 import type { TokenIds__Output } from '../../proto/generated/tandem/v1/TokenIds.js';
 import type { LogitsRequest } from '../generation/logits.js';
 import type { BeamParams, GenerationRequest, Mode, Prompt, ScoreRequest } from '../generation/request.js';
@@ -11,6 +13,7 @@ import type { BeamParams, GenerationRequest, Mode, Prompt, ScoreRequest } from '
 /** Bounds of what one request may ask for. */
 export const REQUEST_LIMITS = {
   textBytes: 1024 * 1024,
+  detokenizedIds: 65536,
   samples: 64,
   beams: 64,
   choices: 256,
@@ -93,11 +96,24 @@ export function toLogitsRequest(wire: LogitsRequest__Output): LogitsRequest {
 }
 
 /** @throws InvalidRequestError */
-export function checkText(field: string, text: string): string {
+function checkText(field: string, text: string): string {
   const bytes = Buffer.byteLength(text);
   if (bytes > REQUEST_LIMITS.textBytes)
     throw new InvalidRequestError(`${field} has ${bytes} bytes, at most ${REQUEST_LIMITS.textBytes} are taken`);
   return text;
+}
+
+/** @throws InvalidRequestError */
+export function toTokenizeText(wire: TokenizeRequest__Output): string {
+  if (wire.asPrompt && wire.noDummyPrefix) {
+    throw new InvalidRequestError('no_dummy_prefix: the pieces of a prompt always have their prefix, leave out as_prompt');
+  }
+  return checkText('text', wire.text);
+}
+
+/** @throws InvalidRequestError */
+export function toDetokenizeIds(wire: DetokenizeRequest__Output): number[] {
+  return atMost('ids', wire.ids, REQUEST_LIMITS.detokenizedIds);
 }
 
 function toPrompt(wire: { readonly text?: string; readonly ids?: TokenIds__Output | null }, field = 'prompt'): Prompt {

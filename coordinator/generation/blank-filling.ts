@@ -48,6 +48,14 @@ export function contextOf(request: GenerationRequest, model: PromptModel): Conte
   checkIds(request.endTokens ?? [], 'end token', model);
   checkIds(request.bannedTokens, 'banned token', model);
   for (const prefix of request.beams?.bannedPrefixes ?? []) checkIds(prefix, 'banned prefix', model);
+  const longestPadded = Math.ceil(model.config.maxSequenceLength / PADDING_MULTIPLE) * PADDING_MULTIPLE;
+  if ((request.beams?.paddedLength ?? 0) > longestPadded) {
+    throw new InvalidRequestError(
+      `padded_length is ${request.beams!.paddedLength}, rows of this model are padded to ${longestPadded} at most`,
+    );
+  }
+  const neverDrawn = new Set([...request.bannedTokens, ...(request.minNewTokens > 0 ? (request.endTokens ?? []) : [])]);
+  if (neverDrawn.size >= vocabSize) throw new InvalidRequestError(`all ${vocabSize} tokens are banned: leave at least one`);
   if (request.sampling.topK > vocabSize) {
     throw new InvalidRequestError(`top_k is ${request.sampling.topK}, the model has ${vocabSize} tokens: use 0 for no limit`);
   }
@@ -64,6 +72,9 @@ export function contextOf(request: GenerationRequest, model: PromptModel): Conte
   }
   return context;
 }
+
+/** Evaluation pads its batches to a multiple of this (section 3.2). */
+const PADDING_MULTIPLE = 32;
 
 interface Job {
   readonly request: GenerationRequest;

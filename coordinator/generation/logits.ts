@@ -16,7 +16,16 @@ const MAX_LOGITS_BYTES = 256 * 1024 * 1024;
 
 /** Raw logits of the last `rows` positions, [rows, vocabSize]. @throws InvalidRequestError, PromptTooLongError at once */
 export function* logits(request: LogitsRequest, config: ModelConfig, sequences: Sequences): Strategy<Float32Array> {
+  checkLogitsRequest(request, config);
   const { ids, positions, bidirectionalTokens, rows } = request;
+  const sequence = sequences.create();
+  const [result] = yield [{ sequence, tokens: ids, positions, bidirectionalTokens, want: { kind: 'logits', rows } }];
+  if (result?.kind !== 'logits') throw new Error('an Extend that wanted logits gave something else');
+  return result.logits;
+}
+
+/** @throws InvalidRequestError, PromptTooLongError */
+export function checkLogitsRequest({ ids, positions, bidirectionalTokens, rows }: LogitsRequest, config: ModelConfig): void {
   if (ids.length === 0) throw new InvalidRequestError('no tokens: give at least one');
   if (ids.length > config.maxSequenceLength) {
     throw new PromptTooLongError(`${ids.length} tokens, the model takes ${config.maxSequenceLength}`);
@@ -36,8 +45,4 @@ export function* logits(request: LogitsRequest, config: ModelConfig, sequences: 
     const fit = Math.floor(MAX_LOGITS_BYTES / (config.vocabSize * 4));
     throw new InvalidRequestError(`logits of ${rows} positions are ${bytes} bytes, ${fit} positions fit into one answer`);
   }
-  const sequence = sequences.create();
-  const [result] = yield [{ sequence, tokens: ids, positions, bidirectionalTokens, want: { kind: 'logits', rows } }];
-  if (result?.kind !== 'logits') throw new Error('an Extend that wanted logits gave something else');
-  return result.logits;
 }

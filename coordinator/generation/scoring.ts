@@ -50,9 +50,9 @@ export interface ScoredTokens {
 export function scoredTokens(request: ScoreRequest, model: PromptModel): ScoredTokens {
   if (request.choices.length === 0) throw new InvalidRequestError('there are no choices: give at least one');
   const context = buildContext(request.prompt, request.mode, model);
-  const choices = request.choices.map((choice, i) => encodePlain(choice, `choice ${i}`, model));
   const contextLength = blankContextLength(context.row.length, context);
-  for (const [i, tokens] of choices.entries()) {
+  const choices = request.choices.map((choice, i) => {
+    const tokens = encodePlain(choice, `choice ${i}`, model);
     if (tokens.length === 0) throw new InvalidRequestError(`choice ${i} has no tokens: give at least one`);
     const length = contextLength + tokens.length - 1; // the last token is only predicted
     if (length > model.config.maxSequenceLength) {
@@ -61,7 +61,8 @@ export function scoredTokens(request: ScoreRequest, model: PromptModel): ScoredT
           `together the model takes ${model.config.maxSequenceLength + 1}; shorten the prompt`,
       );
     }
-  }
+    return tokens;
+  });
   return { context, choices };
 }
 

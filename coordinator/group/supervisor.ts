@@ -17,12 +17,18 @@ export interface SupervisorOptions {
 const EXIT_GRACE_MS = 2_000;
 /** Pause before a restart, so that a worker that dies at once does not fill the log. */
 const RESTART_DELAY_MS = 200;
+/** From the start of a process to its Hello. */
+const ATTACH_TIMEOUT_MS = 30_000;
 const MINUTE_MS = 60_000;
 
 /** Keeps one process per rank running until {@link close}. Which of them form a group is not its business. */
 export class Supervisor {
   private readonly children = new Map<number, ChildProcess>();
+  /** Times of those exits that were not asked for. */
   private readonly exits = new Map<number, number[]>();
+  private readonly restartCounts = new Map<number, number>();
+  private readonly attachedPids = new Set<number>();
+  private readonly dismissed = new WeakSet<ChildProcess>();
   private readonly timers = new Set<NodeJS.Timeout>();
   private closed = false;
 
@@ -31,13 +37,23 @@ export class Supervisor {
   }
 
   restarts(rank: number): number {
-    return this.exits.get(rank)?.length ?? 0;
+    return this.restartCounts.get(rank) ?? 0;
   }
 
-  /** Makes sure that a rank's present process ends: it was asked to leave, and is killed if it does not. */
-  expectExit(rank: number): void {
+  /** The rank's present process has reached the coordinator. */
+  attached(rank: number): void {
+    const pid = this.children.get(rank)?.pid;
+    if (pid !== undefined) this.attachedPids.add(pid);
+  }
+
+  /**
+   * Makes sure that a rank's present process ends: it was asked to leave, and is killed if it does not. The exit counts against
+   * it only if it is to blame.
+   */
+  expectExit(rank: number, isCulprit: boolean): void {
     const child = this.children.get(rank);
     if (!child) return;
+    if (!isCulprit) this.dismissed.add(child);
     const timer = this.later(EXIT_GRACE_MS, () => {
       if (this.children.get(rank) !== child) return;
       this.options.log.warn({ rank, pid: child.pid }, 'worker did not leave in time, killed');
@@ -68,22 +84,33 @@ export class Supervisor {
     const child = spawn(executable!, [...args, String(rank)], { env, stdio: ['ignore', 'ignore', 'inherit'] });
     this.children.set(rank, child);
     log.debug({ rank, pid: child.pid }, 'worker started');
-    child.once('error', (error) => this.options.onGivenUp(rank, `worker ${rank} could not be started: ${error.message}`));
+    child.once('error', (error) => {
+      this.children.delete(rank);
+      this.options.onGivenUp(rank, `worker ${rank} could not be started: ${error.message}`);
+    });
+    const timer = this.later(ATTACH_TIMEOUT_MS, () => {
+      if (this.children.get(rank) !== child || this.attachedPids.has(child.pid!)) return;
+      log.warn({ rank, pid: child.pid }, `worker did not attach within ${ATTACH_TIMEOUT_MS} ms, killed`);
+      child.kill('SIGKILL');
+    });
+    child.once('exit', () => clearTimeout(timer));
     child.once('exit', (code, signal) => this.onExit(rank, child, code, signal));
   }
 
   private onExit(rank: number, child: ChildProcess, code: number | null, signal: NodeJS.Signals | null): void {
     this.children.delete(rank);
+    this.attachedPids.delete(child.pid!);
     if (this.closed) return;
     const how = signal ?? `status ${code}`;
     this.options.log.warn({ rank, pid: child.pid, how }, 'worker ended');
-    const exits = this.exits.get(rank) ?? [];
-    exits.push(Date.now());
-    this.exits.set(rank, exits);
-    const recent = exits.filter((time) => time > Date.now() - MINUTE_MS).length;
-    if (recent > this.options.maxRestartsPerMinute) {
-      this.options.onGivenUp(rank, `worker ${rank} ended ${recent} times within a minute, last with ${how}`);
-      return;
+    this.restartCounts.set(rank, this.restarts(rank) + 1);
+    if (!this.dismissed.has(child)) {
+      const recent = [...(this.exits.get(rank) ?? []), Date.now()].filter((time) => time > Date.now() - MINUTE_MS);
+      this.exits.set(rank, recent);
+      if (recent.length > this.options.maxRestartsPerMinute) {
+        this.options.onGivenUp(rank, `worker ${rank} ended ${recent.length} times within a minute, last with ${how}`);
+        return;
+      }
     }
     this.later(RESTART_DELAY_MS, () => this.start(rank));
   }

@@ -47,15 +47,36 @@ function encodeNoise({ seed, stream, position }: Noise): WireNoise {
   return { seedLow: Number(seed & 0xffffffffn), seedHigh: Number((seed >> 32n) & 0xffffffffn), stream, position };
 }
 
-/** @throws EngineError if the worker answered something else than was asked for */
-export function decodeResult(result: ExtendResult__Output, want: Want): ExtendResult {
+/** The results of a step, one for each Extend. @throws EngineError if they are not what was asked for */
+export function decodeResults(results: readonly ExtendResult__Output[], asked: readonly EngineExtend[], vocabSize: number): ExtendResult[] {
+  if (results.length !== asked.length) throw new EngineError(`${results.length} results for ${asked.length} Extends`);
+  return results.map((result, i) => decodeResult(result, asked[i]!.want, vocabSize));
+}
+
+function decodeResult(result: ExtendResult__Output, want: Want, vocabSize: number): ExtendResult {
   const { sample, candidates, targets, logits } = result;
-  if (want.kind === 'none') return { kind: 'none' };
-  if (want.kind === 'sample' && sample) return { kind: 'sample', ...sample };
-  if (want.kind === 'candidates' && candidates) return { kind: 'candidates', ...candidates };
-  if (want.kind === 'targets' && targets) return { kind: 'targets', ...targets };
-  if (want.kind === 'logits' && logits) return { kind: 'logits', logits: toFloats(logits.logits) };
-  throw new EngineError(`the worker answered ${result.result ?? 'nothing'} where ${want.kind} was asked for`);
+  const areTokens = (tokens: readonly number[]): boolean => tokens.every((token) => token < vocabSize);
+  switch (want.kind) {
+    case 'none':
+      return { kind: 'none' };
+    case 'sample': {
+      const isWhole = sample?.topTokens.length === want.topLogprobs && sample.topLogprobs.length === want.topLogprobs;
+      if (sample && isWhole && areTokens([sample.token, ...sample.topTokens])) return { kind: 'sample', ...sample };
+      break;
+    }
+    case 'candidates': {
+      const isWhole = [candidates?.tokens, candidates?.logprobs, candidates?.keys].every((list) => list?.length === want.count);
+      if (candidates && isWhole && areTokens(candidates.tokens)) return { kind: 'candidates', ...candidates };
+      break;
+    }
+    case 'targets':
+      if (targets?.logprobs.length === want.tokens.length) return { kind: 'targets', ...targets };
+      break;
+    case 'logits':
+      if (logits?.logits.length === want.rows * vocabSize * 4) return { kind: 'logits', logits: toFloats(logits.logits) };
+      break;
+  }
+  throw new EngineError(`the answer to a want of ${want.kind} is ${result.result ?? 'empty'} or of another size`);
 }
 
 /** A copy, because a float array has to be aligned and a message's bytes need not be. */

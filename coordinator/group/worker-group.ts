@@ -8,8 +8,9 @@ import type { Hello__Output } from '../../proto/generated/tandem/v1/Hello.js';
 import type { Memory__Output } from '../../proto/generated/tandem/v1/Memory.js';
 import type { StepResult__Output } from '../../proto/generated/tandem/v1/StepResult.js';
 import type { WorkerMessage__Output } from '../../proto/generated/tandem/v1/WorkerMessage.js';
+import type { ExtendResult } from '../generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineCapacity, type EngineStep, type EngineStepResult } from './engine.js';
-import { decodeResult, encodeStep } from './wire.js';
+import { decodeResults, encodeStep } from './wire.js';
 
 type Link = ServerDuplexStream<WorkerMessage__Output, CoordinatorMessage>;
 
@@ -30,9 +31,15 @@ export interface WorkerGroupOptions {
   /** What workers have to present; null accepts any worker that reaches the link's socket. */
   readonly token: string | null;
   readonly log: Logger;
-  /** The ranks have been told to leave: their processes should end soon. */
-  readonly onDismissed: (rank: number) => void;
+  readonly vocabSize: number;
+  /** A worker has said who it is and was accepted. */
+  readonly onAttached: (rank: number) => void;
+  /** The rank has been told to leave: its process should end soon. `isCulprit`: it is what ended the epoch. */
+  readonly onDismissed: (rank: number, isCulprit: boolean) => void;
 }
+
+/** A rank that says nothing for so many heartbeats is taken for dead, whether a step is under way or not. */
+const MISSED_HEARTBEATS = 10;
 
 export interface RankSnapshot {
   readonly rank: number;
@@ -72,6 +79,8 @@ export class WorkerGroup implements Engine {
   /** An epoch is under way from the assignment on. */
   private assigned = false;
   private kvBlocks = 0;
+  private lastEnd = '';
+  private readonly watch: NodeJS.Timeout;
   private nextStepId = 1;
   private underWay: StepUnderWay | null = null;
   private failure: Error | null = null;
@@ -84,6 +93,7 @@ export class WorkerGroup implements Engine {
     this.ranks = Array.from({ length: options.worldSize }, () => null);
     this.failed = new Promise((_, reject) => (this.rejectFailed = reject));
     this.failed.catch(() => {}); // whoever wants to know looks at it
+    this.watch = setInterval(() => this.checkHeartbeats(), options.heartbeatMs).unref();
   }
 
   get capacity(): EngineCapacity {
@@ -132,7 +142,7 @@ export class WorkerGroup implements Engine {
     const stepId = this.nextStepId++;
     const message: CoordinatorMessage = { step: encodeStep(stepId, step) };
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => this.endEpoch(this.describeSilence(stepId)), this.options.stepTimeoutMs);
+      const timer = setTimeout(() => this.endEpoch(this.describeSilence(stepId), this.silentRanks()), this.options.stepTimeoutMs);
       this.underWay = { stepId, results: this.ranks.map(() => null), wants: step, resolve, reject, timer };
       for (const rank of this.ranks) rank!.link.write(message);
     });
@@ -141,14 +151,18 @@ export class WorkerGroup implements Engine {
   /** Serves one worker's link until it ends. */
   attach(link: Link): void {
     let index: number | null = null;
+    let isRefused = false;
     link.on('data', (message: WorkerMessage__Output) => {
-      if (index === null) index = this.greet(link, message);
-      else if (this.ranks[index]?.link === link) this.receive(index, message);
+      if (isRefused) return;
+      if (index === null) {
+        index = this.greet(link, message);
+        isRefused = index === null;
+      } else if (this.ranks[index]?.link === link) this.receive(index, message);
     });
     const gone = (how: string) => () => {
       if (index !== null && this.ranks[index]?.link === link) {
         this.ranks[index] = null;
-        this.endEpoch(`rank ${index} ${how}`);
+        if (this.assigned) this.endEpoch(`rank ${index} ${how}`);
       }
       index = null;
     };
@@ -160,12 +174,13 @@ export class WorkerGroup implements Engine {
     link.on('error', gone('was lost'));
   }
 
-  /** No further epoch will begin: whoever waits gets a WorkerLostError. */
+  /** No further epoch will begin: whoever waits gets a WorkerLostError with the reason and what ended the last epoch. */
   giveUp(reason: string): void {
-    this.failWith(new WorkerLostError(reason));
+    this.failWith(new WorkerLostError(this.lastEnd ? `${reason}; the last epoch ended because: ${this.lastEnd}` : reason));
   }
 
   async close(): Promise<void> {
+    clearInterval(this.watch);
     for (const rank of this.ranks) rank?.link.write({ shutdown: {} });
     this.failWith(new NotReadyError('the server is shutting down'));
   }
@@ -189,6 +204,7 @@ export class WorkerGroup implements Engine {
     }
     this.ranks[hello.rank] = { link, hello, ready: false, memory: null, lastSeenMs: Date.now() };
     this.options.log.info({ rank: hello.rank, pid: hello.pid, device: hello.device, isa: hello.isa }, 'worker attached');
+    this.options.onAttached(hello.rank);
     if (this.ranks.every((rank) => rank !== null)) this.beginEpoch();
     return hello.rank;
   }
@@ -242,7 +258,7 @@ export class WorkerGroup implements Engine {
     const rank = this.ranks[index]!;
     rank.lastSeenMs = Date.now();
     if (message.result) this.takeResult(index, message.result);
-    else if (message.heartbeat) rank.memory = message.heartbeat.memory;
+    else if (message.heartbeat) rank.memory = message.heartbeat.memory ?? rank.memory;
     else if (message.ready && message.ready.epoch === this.epochNumber) {
       rank.ready = true;
       rank.memory = message.ready.memory;
@@ -252,8 +268,15 @@ export class WorkerGroup implements Engine {
       const reason = `rank ${index}: ${message.error.message}`;
       // What a checkpoint or a flag makes impossible stays so, however often the workers are restarted.
       if (message.error.code === 'CHECKPOINT' || message.error.code === 'CONFIG') this.failWith(new WorkerLostError(reason));
-      else this.endEpoch(reason);
+      else this.endEpoch(reason, [index]);
     }
+  }
+
+  private checkHeartbeats(): void {
+    if (!this.assigned) return;
+    const limitMs = MISSED_HEARTBEATS * this.options.heartbeatMs;
+    const silent = this.ranks.flatMap((rank, index) => (rank && Date.now() - rank.lastSeenMs > limitMs ? [index] : []));
+    if (silent.length > 0) this.endEpoch(`no heartbeat from rank ${silent.join(', ')} for ${limitMs} ms`, silent);
   }
 
   private takeResult(index: number, result: StepResult__Output): void {
@@ -261,26 +284,31 @@ export class WorkerGroup implements Engine {
     if (underWay?.stepId !== result.stepId) return; // of a step that has failed already
     underWay.results[index] = result;
     if (underWay.results.some((each) => each === null)) return;
+    const [first] = underWay.results;
+    let results: ExtendResult[] = [];
+    try {
+      if (!first!.error) results = decodeResults(first!.results, underWay.wants.extends, this.options.vocabSize);
+    } catch (error) {
+      this.endEpoch(`rank 0: ${(error as Error).message}`, [0]);
+      return;
+    }
     this.underWay = null;
     clearTimeout(underWay.timer);
-    const [first] = underWay.results;
+    const longest = (field: 'computeMicros' | 'collectiveMicros') => Math.max(...underWay.results.map((each) => each![field])) / 1000;
     if (first!.error) underWay.reject(new EngineError(first!.error));
-    else {
-      const longest = (field: 'computeMicros' | 'collectiveMicros') => Math.max(...underWay.results.map((each) => each![field])) / 1000;
-      underWay.resolve({
-        results: first!.results.map((each, i) => decodeResult(each, underWay.wants.extends[i]!.want)),
-        computeMs: longest('computeMicros'),
-        collectiveMs: longest('collectiveMicros'),
-      });
-    }
+    else underWay.resolve({ results, computeMs: longest('computeMicros'), collectiveMs: longest('collectiveMicros') });
+  }
+
+  private silentRanks(): number[] {
+    return this.underWay!.results.flatMap((result, rank) => (result === null ? [rank] : []));
   }
 
   private describeSilence(stepId: number): string {
-    const silent = this.underWay!.results.flatMap((result, rank) => (result === null ? [rank] : []));
-    return `step ${stepId}: no result from rank ${silent.join(', ')} within ${this.options.stepTimeoutMs} ms`;
+    return `step ${stepId}: no result from rank ${this.silentRanks().join(', ')} within ${this.options.stepTimeoutMs} ms`;
   }
 
-  private endEpoch(reason: string): void {
+  private endEpoch(reason: string, culprits: readonly number[] = []): void {
+    if (this.assigned) this.lastEnd = reason;
     if (this.assigned && !(this.failure instanceof NotReadyError))
       this.options.log.warn({ epoch: this.epochNumber }, `epoch ended: ${reason}`);
     this.assigned = false;
@@ -289,7 +317,7 @@ export class WorkerGroup implements Engine {
       rank.link.write({ abort: { epoch: this.epochNumber } });
       rank.link.end();
       this.ranks[index] = null;
-      this.options.onDismissed(index);
+      this.options.onDismissed(index, culprits.includes(index));
     });
     const { underWay } = this;
     if (underWay) {

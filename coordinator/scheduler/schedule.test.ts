@@ -58,7 +58,17 @@ test.each([
     admit: [],
     run: [0, 1, 2, 3, 4, 5],
   },
+  { name: 'a run goes on when a request waits for blocks', pending: [3, 4], waiting: [one([1], 9)], free: 8, admit: [], run: [0, 1] },
   { name: 'behind a run that does not fit nobody is admitted', pending: [1, 16], waiting: [one([1])], free: 8, admit: [], run: [0] },
 ])('$name', ({ pending, waiting, free, admit, run }) => {
   expect(schedule(stateOf(pending, waiting, free), limits)).toEqual({ admit, run });
+});
+
+test('a waiting request is older than what a running one asks for later', () => {
+  const state = {
+    pending: [{ id: 7, runTokens: 10 }],
+    waiting: [{ id: 1, reserveBlocks: 1, pending: [{ id: 5, runTokens: 10 }] }],
+    unreservedBlocks: 1,
+  };
+  expect(schedule(state, limits)).toEqual({ admit: [1], run: [5] });
 });

@@ -1,4 +1,4 @@
-/** What {@link schedule} looks at. Everything is in arrival order. */
+/** What {@link schedule} looks at. Everything is in order of age: ids grow, and an Extend is as old as the result that it follows from. */
 export interface SchedulerState {
   /** Extends that admitted requests wait for. */
   readonly pending: readonly PendingExtend[];
@@ -37,10 +37,11 @@ export interface StepPlan {
 /**
  * Chooses the work of the next engine step. Pure: the same state and limits give the same plan.
  *
- * Decoding comes first, so that no running sequence stalls behind a long prompt; longer runs get what is left of
- * `maxBatchTokens`, in arrival order, and nobody overtakes. A request is admitted when all the KV blocks that it can
- * come to need are free, so that nothing fails for lack of blocks half-way. A run is taken whole or not at all: GLM
- * attends over its context in both directions, so a part of a prompt has no usable KV.
+ * Decoding comes first, so that no running sequence stalls behind a long prompt. Longer runs and waiting requests get what is
+ * left of `maxBatchTokens` in order of age, and nobody overtakes: whoever does not fit is the oldest in one of the next steps. A
+ * request is admitted when all the KV blocks that it can come to need are free, so that nothing fails for lack of blocks
+ * half-way. A run is taken whole or not at all: GLM attends over its context in both directions, so a part of a prompt has
+ * no usable KV.
  */
 export function schedule(state: SchedulerState, limits: StepLimits): StepPlan {
   const run: number[] = [];
@@ -51,18 +52,24 @@ export function schedule(state: SchedulerState, limits: StepLimits): StepPlan {
     tokens += extend.runTokens;
     return true;
   };
-
   for (const extend of state.pending) if (extend.runTokens === 1) take(extend);
-  let full = false;
-  for (const extend of state.pending) if (extend.runTokens > 1 && !full) full = !take(extend);
 
   const admit: number[] = [];
   let unreserved = state.unreservedBlocks;
-  for (const request of state.waiting) {
-    if (full || request.reserveBlocks > unreserved) break;
-    admit.push(request.id);
-    unreserved -= request.reserveBlocks;
-    for (const extend of request.pending) if (!full) full = !take(extend);
+  let mayAdmit = true;
+  for (const next of byAge(state)) {
+    if ('runTokens' in next) {
+      if (!take(next)) break;
+    } else if (mayAdmit && next.reserveBlocks <= unreserved) {
+      admit.push(next.id);
+      unreserved -= next.reserveBlocks;
+      if (!next.pending.every(take)) break;
+    } else mayAdmit = false;
   }
   return { admit, run };
+}
+
+function byAge({ pending, waiting }: SchedulerState): (PendingExtend | WaitingRequest)[] {
+  const ageOf = (item: PendingExtend | WaitingRequest): number => ('runTokens' in item ? item.id : item.pending[0]!.id);
+  return [...pending.filter(({ runTokens }) => runTokens > 1), ...waiting].sort((a, b) => ageOf(a) - ageOf(b));
 }

@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs';
 import { readdir } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { CheckpointError } from '../../common/errors.js';
@@ -37,6 +38,7 @@ export class SatCheckpoint {
 /** `latest`, as SAT's loader reads it: white space around is dropped, and 049 means folder 49. */
 async function readIteration(dir: string): Promise<string> {
   const path = join(dir, 'latest');
+  if (!existsSync(path)) throw new CheckpointError(`${dir} is no SAT checkpoint: ${path} does not exist`);
   const text = (await readTextFile(path, 1024)).trim();
   if (text === 'release') return text;
   const iteration = /^[0-9]{1,15}$/.test(text) ? Number(text) : 0;

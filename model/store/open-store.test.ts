@@ -92,7 +92,7 @@ const index = 'model.safetensors.index.json';
 describe('a store that is not what it says is refused', () => {
   test.each<{ name: string; from?: string; damage: (dir: string) => void; message: string }>([
     { name: 'no folder', damage: (dir) => rmSync(dir, { recursive: true }), message: 'does not exist; make one with `tandem import`' },
-    { name: 'no config.json', damage: (dir) => rmSync(join(dir, 'config.json')), message: 'config.json does not exist' },
+    { name: 'no config.json', damage: (dir) => rmSync(join(dir, 'config.json')), message: 'it is not a folder with config.json' },
     {
       name: 'a config.json of something else',
       damage: (dir) => cpSync(E.configPath, join(dir, 'config.json')),

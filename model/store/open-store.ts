@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
@@ -42,8 +43,11 @@ export interface StoreTensor {
 export async function openStore(dir: string): Promise<Store> {
   const path = resolve(dir);
   const found = await stat(path).catch(() => null);
-  if (!found?.isDirectory()) throw new CheckpointError(`model store ${path} does not exist; make one with \`tandem import\``);
+  if (!found) throw new CheckpointError(`model store ${path} does not exist; make one with \`tandem import\``);
   const configPath = join(path, configFileName);
+  if (!found.isDirectory() || !existsSync(configPath)) {
+    throw new CheckpointError(`${path} is no model store: it is not a folder with ${configFileName}; make one with \`tandem import\``);
+  }
   const configJson = await readJsonFile(configPath, 2 ** 20);
   if ((configJson as { format?: unknown } | null)?.format !== 'tandem-store') {
     throw new CheckpointError(

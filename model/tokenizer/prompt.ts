@@ -49,7 +49,9 @@ export function buildContext(prompt: Prompt, mode: Mode, model: PromptModel): Co
     prompt.kind === 'ids'
       ? withoutFinalSop(checkIds(prompt.ids, 'prompt', model), model)
       : checkedTokenizer(prompt.text, 'prompt', model).encodePrompt(prompt.text);
-  const isEnglish = isAscii(prompt.kind === 'text' ? prompt.text : (model.tokenizer?.detokenize(ids) ?? ''));
+  // Ids that do not fit the model anyway need no text: whoever asks for a context measures it next.
+  const fits = ids.length <= model.config.maxSequenceLength;
+  const isEnglish = isAscii(prompt.kind === 'text' ? prompt.text : fits ? (model.tokenizer?.detokenize(ids) ?? '') : '');
 
   if (mode === 'unidirectional') {
     const found = [mask, gmask, smask].find((token) => ids.includes(token));

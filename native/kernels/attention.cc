@@ -12,9 +12,6 @@
 
 namespace tandem {
 
-// Bounds the kernel's stack. GLM-130B has 128.
-constexpr int64_t kMaxHeadDim = 512;
-
 // Rows that a thread takes at a time, of one head. They may be of several sequences.
 constexpr int64_t kUnitRows = 16;
 

@@ -10,6 +10,9 @@
 
 namespace tandem {
 
+// Largest head size; it bounds the kernel's stack. GLM-130B has 128.
+constexpr int64_t kMaxHeadDim = 512;
+
 // One query row.
 struct AttentionRow {
   const uint32_t* block_table;  // the sequence's blocks, at least ceil(visible / block_size)

@@ -53,9 +53,12 @@ StepResult Engine::Run(const Step& step) {
   StepResult result;
   try {
     result = RunStep(shape_, step, limits_.block_size, backend_, cancelled_);
-  } catch (...) {
+  } catch (const std::exception& error) {
     communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
-    throw;
+    const auto* own = dynamic_cast<const Error*>(&error);
+    // No longer a matter of the step's arguments: after this the ranks are not in step.
+    if (own != nullptr && (own->code() == ErrorCode::kTimeout || own->code() == ErrorCode::kAborted)) throw;
+    throw Error(ErrorCode::kInternal, error.what());
   }
   if (result.error) std::rethrow_exception(result.error);
   return result;

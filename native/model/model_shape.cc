@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "kernels/attention.h"
 
 namespace tandem {
 
@@ -28,6 +29,8 @@ void CheckModelShape(const ModelShape& shape, const Shard& shard) {
   check(shape.hidden_size % shape.num_attention_heads == 0, "model.hiddenSize: " + std::to_string(shape.hidden_size) +
                                                                 " is not a multiple of numAttentionHeads " + std::to_string(shape.num_attention_heads));
   check(shape.head_dim() % 2 == 0, "model.hiddenSize: heads of " + std::to_string(shape.head_dim()) + ", rotary embedding needs an even size");
+  check(shape.head_dim() <= kMaxHeadDim,
+        "model.hiddenSize: heads of " + std::to_string(shape.head_dim()) + ", attention takes at most " + std::to_string(kMaxHeadDim));
   check(std::isfinite(shape.layernorm_epsilon) && shape.layernorm_epsilon >= 0, "model.layernormEpsilon: must be a number >= 0");
   check(std::isfinite(shape.rotary_base) && shape.rotary_base > 0, "model.rotaryBase: must be a number > 0");
 

@@ -325,7 +325,7 @@ TEST(glm_nan_logits_fail_one_step_only) {
     engine.Run({2, {}, {RandomRun(2, 3, 0, 8, WantNothing{})}});
   });
   Engine engine(options[0], kNotCancelled);
-  CHECK_THROWS(engine.Run({1, {}, {RandomRun(1, 3, 0, 0, WantSample{})}}), ErrorCode::kInternal);
+  CHECK_THROWS(engine.Run({1, {}, {RandomRun(1, 3, 0, 0, WantSample{})}}), ErrorCode::kEvaluation);
   CHECK_EQ(engine.Run({2, {}, {RandomRun(2, 3, 0, 8, WantNothing{})}}).results.size(), size_t{1});
   other.join();
 }
