@@ -1,6 +1,12 @@
 /** Ranks that die or fall silent while requests run, clients that go away, and the server's own end. */
+import { spawn, type ChildProcess } from 'node:child_process';
+import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { afterEach, expect, test } from 'vitest';
+import { connect } from '../cli/client.js';
 import { startLocalCluster, type LocalCluster, type LocalClusterOptions } from '../cli/local-cluster.js';
+import { packageRoot } from '../common/package-root.js';
 import type { Status__Output } from '../proto/generated/tandem/v1/Status.js';
 
 const TEXT = 'Anna had a dog named Lucky. One day, Lucky ran away. [gMASK]';
@@ -16,6 +22,15 @@ afterEach(async () => {
   await Promise.all(open.splice(0).map((cluster) => cluster.close()));
   open = [];
 });
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}
 
 async function until(cluster: LocalCluster, holds: (status: Status__Output) => boolean): Promise<Status__Output> {
   for (;;) {
@@ -75,6 +90,63 @@ test('a rank that stops answering is named, replaced, and the request goes on', 
   expect((await cluster.client.status()).epoch).toBe(before.epoch + 1);
 });
 
+test('ranks that are lost twice, and while nothing runs', async () => {
+  const cluster = await start();
+  const request = { text: TEXT, temperature: 0, maxNewTokens: 40, endTokens: { ids: [] } };
+  const undisturbed = await cluster.client.generate(request);
+  for (const rank of [1, 0]) {
+    const before = await cluster.client.status();
+    process.kill(before.workers[rank]!.pid, 'SIGKILL');
+    await until(cluster, ({ epoch, state }) => epoch > before.epoch && state === 'ready');
+    expect((await cluster.client.generate(request)).outputs).toEqual(undisturbed.outputs);
+  }
+  expect((await cluster.client.status()).workers.map(({ restarts }) => restarts)).toEqual([2, 2]);
+});
+
+test('when the coordinator is killed its workers leave, and no shared memory stays', async () => {
+  const segments = () => readdirSync('/dev/shm').filter((name) => name.includes('tandem'));
+  const before = segments();
+  const cluster = await start();
+  const { workers } = await cluster.client.status();
+  process.kill(cluster.pid, 'SIGKILL');
+  await cluster.exited;
+  await expect.poll(() => workers.filter(({ pid }) => isAlive(pid)).length, { timeout: 20_000 }).toBe(0);
+  expect(segments()).toEqual(before);
+});
+
+test('workers that somebody else starts, and starts again', async () => {
+  const dir = mkdtempSync(join(tmpdir(), 'tandem-external-'));
+  const [link, api] = [`unix:${join(dir, 'link.sock')}`, `unix:${join(dir, 'api.sock')}`];
+  const tandem = (...args: string[]): ChildProcess =>
+    spawn(process.execPath, [join(packageRoot, 'dist/cli/main.js'), ...args, '--log-level', 'silent'], { stdio: 'ignore' });
+  const server = tandem('serve', '--external-workers', '--worker-listen', link, '--listen', api);
+  const worker = (rank: number): ChildProcess => tandem('worker', '--coordinator', link, '--rank', String(rank));
+  let ranks = [worker(0), worker(1)];
+  try {
+    await expect.poll(() => existsSync(join(dir, 'api.sock')), { timeout: 20_000 }).toBe(true);
+    const client = await connect(api);
+    const request = { text: TEXT, temperature: 0, maxNewTokens: 100, endTokens: { ids: [] } };
+    const undisturbed = await client.generate(request);
+    let tokens = 0;
+    const disturbed = client.generate(request, () => {
+      if (++tokens === 20) ranks[0]!.kill('SIGKILL');
+    });
+    const status = await new Promise((resolve) => ranks[1]!.once('exit', resolve));
+    expect(status).toBe(75); // the epoch is over: start me again
+    ranks = [worker(0), worker(1)];
+    expect((await disturbed).outputs).toEqual(undisturbed.outputs);
+    client.close();
+  } finally {
+    const all = [server, ...ranks];
+    server.kill('SIGTERM');
+    const statuses = await Promise.all(
+      all.map((child) => new Promise((resolve) => (child.exitCode === null ? child.once('exit', resolve) : resolve(child.exitCode)))),
+    );
+    expect(statuses).toEqual([0, 0, 0]);
+    rmSync(dir, { recursive: true, force: true });
+  }
+});
+
 test('a client that goes away frees its blocks', async () => {
   const cluster = await start();
   const cancel = new AbortController();
@@ -95,5 +167,5 @@ test('the server stops under load: requests end with UNAVAILABLE, no process is 
   });
   await expect(request).rejects.toMatchObject({ code: 14 });
   await cluster.exited;
-  for (const { pid } of workers) expect(() => process.kill(pid, 0)).toThrow('ESRCH');
+  expect(workers.filter(({ pid }) => isAlive(pid))).toEqual([]);
 });

@@ -6,7 +6,7 @@ import type { RankSnapshot } from '../group/worker-group.js';
 import type { LoopSnapshot } from '../serving-loop.js';
 
 export interface StatusSources {
-  readonly state: 'starting' | 'ready' | 'recovering' | 'failed' | 'stopping';
+  readonly state: 'ready' | 'recovering' | 'failed' | 'stopping';
   readonly uptimeSeconds: number;
   readonly epoch: number;
   readonly model: { readonly path: string; readonly config: ModelConfig; readonly weights: string; readonly hasTokenizer: boolean };

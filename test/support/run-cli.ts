@@ -24,7 +24,10 @@ export interface RunningCli {
 
 /** Starts `tandem` as a user would. */
 export function startCli(args: readonly string[], { root = packageRoot, env = {} }: CliOptions = {}): RunningCli {
-  const child = spawn(process.execPath, [join(root, 'dist', 'cli', 'main.js'), ...args], { stdio: 'pipe', env: { ...process.env, ...env } });
+  const child = spawn(process.execPath, [join(root, 'dist', 'cli', 'main.js'), ...args], {
+    stdio: 'pipe',
+    env: { ...process.env, ...env },
+  });
   let stdout = '';
   let stderr = '';
   child.stdout.setEncoding('utf8').on('data', (text: string) => (stdout += text));
@@ -48,7 +51,10 @@ export function startCli(args: readonly string[], { root = packageRoot, env = {}
 }
 
 /** Runs `tandem` to its end, with `input` on its stdin. */
-export function runCli(args: readonly string[], { input = '', ...options }: CliOptions & { readonly input?: string } = {}): Promise<CliResult> {
+export function runCli(
+  args: readonly string[],
+  { input = '', ...options }: CliOptions & { readonly input?: string } = {},
+): Promise<CliResult> {
   const { child, result } = startCli(args, options);
   child.stdin.end(input);
   return result;
