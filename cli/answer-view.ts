@@ -8,6 +8,8 @@ export interface AnswerView {
   delta(delta: Delta__Output): void;
   /** The rest of the prompt's text, and the end of the line. */
   finish(): void;
+  /** Ends the line where it is: there will be no more. */
+  stop(): void;
 }
 
 /** @param write where pieces go as they come; @param styled whether it understands terminal escapes */
@@ -36,11 +38,15 @@ export function answerView(prompt: string, write: (text: string) => void, styled
       closeBlank();
       write(`${pieces.at(-1)!}\n`);
     },
+    stop() {
+      closeBlank();
+      if (openBlank >= 0) write('\n');
+    },
   };
 }
 
-/** The text between the masks that generate.py fills: all of the first kind present; without one, [gMASK] at the end. */
+/** The text between the masks that generate.py fills: all of the first kind present; without one, " [gMASK]" at the end. */
 function splitAtMasks(prompt: string): string[] {
   const mask = ['[MASK]', '[sMASK]', '[gMASK]'].find((word) => prompt.includes(word));
-  return mask ? prompt.split(mask) : [prompt, ''];
+  return mask ? prompt.split(mask) : [`${prompt} `, ''];
 }

@@ -1,5 +1,5 @@
 import { promisify } from 'node:util';
-import { clientAddress, clientCredentials } from '../common/address.js';
+import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
 import { Generation, Ops } from '../common/services.js';
 import type { Delta__Output } from '../proto/generated/tandem/v1/Delta.js';
@@ -29,8 +29,8 @@ const CONNECT_TIMEOUT_MS = 5_000;
 /** @throws ConfigError if nobody answers at the address */
 export async function connect(address: string): Promise<TandemClient> {
   const target = clientAddress(address);
-  const generation = new Generation(target, clientCredentials());
-  const ops = new Ops(target, clientCredentials());
+  const generation = new Generation(target, clientCredentials(), CLIENT_CHANNEL_OPTIONS);
+  const ops = new Ops(target, clientCredentials(), CLIENT_CHANNEL_OPTIONS);
   await new Promise<void>((resolve, reject) => {
     generation.waitForReady(Date.now() + CONNECT_TIMEOUT_MS, (error) => {
       if (error) reject(new ConfigError(`no server at ${address}: start one with "tandem serve", or name it with --address`));
@@ -41,7 +41,10 @@ export async function connect(address: string): Promise<TandemClient> {
     generate: (request, onDelta = () => {}, signal) =>
       new Promise((resolve, reject) => {
         const call = generation.generate(request);
-        signal?.addEventListener('abort', () => call.cancel());
+        const cancel = (): void => call.cancel();
+        if (signal?.aborted) cancel();
+        signal?.addEventListener('abort', cancel);
+        call.on('status', () => signal?.removeEventListener('abort', cancel)); // the last event of every call
         let finish: Finish__Output | null = null;
         call.on('data', (message: GenerateResponse__Output) => {
           if (message.delta) onDelta(message.delta);

@@ -33,6 +33,10 @@ export type PromptInput = { readonly text: string } | { readonly ids: readonly n
 
 const id = z.int().min(0).max(0xffffffff);
 const count = z.int().min(0).max(0xffffffff);
+const seed = z
+  .union([z.number(), z.string()])
+  .refine(isSeed, { error: 'a whole number from 0 to 2^64 - 1 is needed, from 2^53 on as a string' })
+  .transform(String);
 
 const lineSchema = z
   .strictObject({
@@ -52,7 +56,7 @@ const lineSchema = z
     top_k: count,
     top_p: z.number(),
     temperature: z.number(),
-    seed: z.union([count.transform(String), z.string().regex(/^\d{1,20}$/)]),
+    seed,
     n: count,
     stop: z.array(z.string()),
     end_tokens: z.array(id),
@@ -63,17 +67,16 @@ const lineSchema = z
   .refine((line) => (line.text === undefined) !== (line.ids === undefined), { error: 'give either "text" or "ids"' });
 
 /**
- * @param line a text, or a JSON object if it begins with `{` and parses as one
+ * @param line a text, or a JSON object: what begins like one, with `{"` or `{}`, has to be one
  * @returns the prompt, and the defaults with whatever the line says instead
  * @throws InvalidRequestError naming the field
  */
 export function parseInputLine(line: string, defaults: GenerateParams): { prompt: PromptInput; params: GenerateParams } {
-  const json = line.startsWith('{') ? tryParse(line) : undefined;
-  if (json === undefined) return { prompt: { text: line }, params: defaults };
-  const parsed = lineSchema.safeParse(json);
+  if (!/^\{\s*["}]/.test(line)) return { prompt: { text: line }, params: defaults };
+  const parsed = lineSchema.safeParse(parseJson(line));
   if (!parsed.success) {
     const [issue] = parsed.error.issues;
-    throw new InvalidRequestError(`input line: ${issue!.path.length > 0 ? `${issue!.path.join('.')}: ` : ''}${issue!.message}`);
+    throw new InvalidRequestError(`${issue!.path.length > 0 ? `${issue!.path.join('.')}: ` : ''}${issue!.message}`);
   }
   const { text, ids, ...given } = parsed.data;
   const camel = Object.fromEntries(
@@ -116,10 +119,25 @@ export function toWireRequest(prompt: PromptInput, params: GenerateParams): Gene
   };
 }
 
-function tryParse(line: string): unknown {
+/** A server's message about a request, in the words of the command line. */
+export function inLineTerms(message: string): string {
+  return message
+    .replaceAll('max_row_tokens', 'out_seq_length')
+    .replaceAll('min_new_tokens', 'min_gen_length')
+    .replaceAll(/\bbeam_search\.(?=[a-z])/g, '');
+}
+
+/** The text may be any uint64; numbers of JSON are exact below 2^53. */
+export function isSeed(given: number | string): boolean {
+  return typeof given === 'number' ? Number.isSafeInteger(given) && given >= 0 : /^\d{1,20}$/.test(given) && BigInt(given) < 2n ** 64n;
+}
+
+function parseJson(line: string): unknown {
   try {
     return JSON.parse(line);
-  } catch {
-    return undefined; // a text that happens to begin with a brace
+  } catch (error) {
+    throw new InvalidRequestError(
+      `not JSON (${(error as Error).message}); a text that begins so is written as {"text": "..."} with its quotes escaped`,
+    );
   }
 }

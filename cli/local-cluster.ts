@@ -17,6 +17,8 @@ export interface LocalClusterOptions {
   readonly isa?: string;
   readonly logLevel?: string;
   readonly stepTimeoutMs?: number;
+  /** Aborting ends the server, whether it is ready or not. */
+  readonly signal?: AbortSignal;
 }
 
 export interface LocalCluster {
@@ -40,24 +42,46 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
     ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),
   ];
-  const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, { stdio: ['ignore', 'ignore', 'pipe', 'ipc'], execArgv: [] });
-  let lastLine = '';
+  const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, {
+    stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
+    execArgv: [],
+    detached: true, // a terminal's Ctrl-C is for this process, which ends the server when it has no more use for it
+  });
+  const disconnect = (): void => {
+    if (child.connected) child.disconnect();
+  };
+  const removeDir = (): void => rmSync(dir, { recursive: true, force: true });
+  process.once('exit', removeDir);
+  options.signal?.addEventListener('abort', disconnect);
+  let isReady = false;
+  let log = ''; // of the start; where that fails the last line says why
   child.stderr!.setEncoding('utf8').on('data', (text: string) => {
-    lastLine = text.trim().split('\n').at(-1) ?? lastLine;
-    if (logLevel !== 'silent') process.stderr.write(text.startsWith('tandem: ') ? '' : text);
+    if (!isReady) log += text;
+    else if (logLevel !== 'silent') process.stderr.write(text);
   });
   const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
   const close = async (): Promise<void> => {
-    if (child.connected) child.disconnect();
+    options.signal?.removeEventListener('abort', disconnect);
+    disconnect();
     await exited;
-    rmSync(dir, { recursive: true, force: true });
+    removeDir();
+    process.off('exit', removeDir);
   };
   try {
     const address = await new Promise<string>((resolve, reject) => {
       child.once('message', (message) => resolve((message as ReadyMessage).address));
       child.once('error', reject);
-      child.once('close', () => reject(new ConfigError(lastLine.replace(/^tandem: /, '') || 'the server ended before it was ready')));
+      child.once('close', () => {
+        const lastLine = log
+          .trim()
+          .split('\n')
+          .at(-1)!
+          .replace(/^tandem: /, '');
+        reject(new ConfigError(lastLine || 'the server ended before it was ready'));
+      });
     });
+    isReady = true;
+    if (logLevel !== 'silent') process.stderr.write(log);
     const client = await connect(address);
     return {
       client,

@@ -1,8 +1,8 @@
-import { status, type ServiceError } from '@grpc/grpc-js';
-import yargs from 'yargs';
+import { logVerbosity, setLogVerbosity } from '@grpc/grpc-js';
+import yargs, { type CommandModule } from 'yargs';
 import { hideBin } from 'yargs/helpers';
-import { TandemError } from '../common/errors.js';
 import { packageVersion } from '../common/package-root.js';
+import { checkFlags, type FlagTypes } from './check-flags.js';
 import { demoCommand } from './commands/demo.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
@@ -11,54 +11,80 @@ import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
 import { workerCommand } from './commands/worker.js';
+import { describeError, oneLine } from './describe-error.js';
 
 /** The command line was wrong: nothing was done. */
 class UsageError extends Error {}
 
 const EXIT_FAILURE = 1;
 const EXIT_USAGE = 2;
+/** As a shell reports a command whose reader went away: 128 + SIGPIPE. */
+const EXIT_PIPE = 141;
+
+const commands = [
+  serveCommand,
+  workerCommand,
+  generateCommand,
+  importCommand,
+  inspectCommand,
+  statusCommand,
+  logitsCommand,
+  demoCommand,
+] as unknown as CommandModule[];
+const names = commands.map(({ command }) => String(command).split(' ')[0]!);
+const typed = hideBin(process.argv);
+
+if (process.env['GRPC_VERBOSITY'] === undefined) setLogVerbosity(logVerbosity.NONE); // its lines say nothing that ours do not
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') process.stderr.write(`tandem: cannot write the output: ${oneLine(error.message)}\n`);
+  process.exit(error.code === 'EPIPE' ? EXIT_PIPE : EXIT_FAILURE);
+});
 
 try {
-  await yargs(hideBin(process.argv))
+  const [first = ''] = typed;
+  if (!first.startsWith('-') && !names.includes(first)) {
+    throw new UsageError(`${first === '' ? 'no command given' : `unknown command ${first}`}, there are ${names.join(', ')}`);
+  }
+  await yargs(typed)
     .scriptName('tandem')
     .locale('en')
+    .parserConfiguration({ 'boolean-negation': false }) // or --no-repeat-ngram-size would be the negation of another flag
+    .updateStrings(strings())
     .usage('$0 <command>\n\nServer for GLM-130B and models of its architecture.')
-    .command(serveCommand)
-    .command(workerCommand)
-    .command(generateCommand)
-    .command(importCommand)
-    .command(inspectCommand)
-    .command(statusCommand)
-    .command(logitsCommand)
-    .command(demoCommand)
+    .command(commands)
     .demandCommand(1, 'no command given')
-    .recommendCommands()
     .strict()
+    .check((parsed, types) => {
+      checkFlags(parsed, types as unknown as FlagTypes, typed);
+      return true;
+    }, true)
     .version(packageVersion)
     .wrap(Math.min(120, process.stdout.columns ?? 100))
     .fail((message, error) => {
-      throw error ?? new UsageError(message);
+      throw message ? new UsageError(message) : error; // without a message it is the command that failed
     })
     .parseAsync();
 } catch (error) {
-  process.stderr.write(`tandem: ${describe(error)}\n`);
+  process.stderr.write(
+    `tandem: ${error instanceof UsageError ? `${oneLine(error.message)} (see ${helpCommand()})` : describeError(error)}\n`,
+  );
   process.exitCode = error instanceof UsageError ? EXIT_USAGE : EXIT_FAILURE;
   if (process.connected) process.disconnect(); // a parent's channel would keep this process alive
 }
 
-/** One line for whatever ended the command; a stack only for what is a defect of this program. */
-function describe(error: unknown): string {
-  if (error instanceof UsageError) return `${oneLine(error.message)} (see tandem --help)`;
-  if (error instanceof TandemError) return oneLine(error.message);
-  if (isServiceError(error)) return oneLine(`${status[error.code]}: ${error.details || error.message}`);
-  if (error instanceof Error && 'code' in error && typeof error.code === 'string') return oneLine(error.message); // of the operating system
-  return error instanceof Error ? (error.stack ?? error.message) : String(error);
+function helpCommand(): string {
+  return names.includes(typed[0] ?? '') ? `tandem ${typed[0]} --help` : 'tandem --help';
 }
 
-function oneLine(message: string): string {
-  return message.replaceAll(/\s*\n\s*/g, '; ');
-}
-
-function isServiceError(error: unknown): error is ServiceError {
-  return error instanceof Error && 'details' in error && typeof (error as Partial<ServiceError>).code === 'number';
+/** What yargs says, on one line each and as the rest of this program would say it. */
+function strings(): Record<string, string> {
+  const plural = (one: string, other = one) => ({ one, other }) as unknown as string; // which the types leave out
+  return {
+    'Unknown argument: %s': plural('unknown argument: %s'),
+    'Missing required argument: %s': plural('missing flag: --%s', 'missing flags: %s'),
+    'Not enough arguments following: %s': '--%s needs a value',
+    'Not enough non-option arguments: got %s, need at least %s': plural('too few arguments: %s given, %s needed'),
+    'Invalid values:': ' ',
+    'Argument: %s, Given: %s, Choices: %s': '--%s %s: allowed are %s',
+  };
 }

@@ -10,12 +10,15 @@ export function nativeBuild(): NativeAddon['build'] {
 }
 
 /**
- * Whether all ranks are still in step after this failure of a step: it was refused alike by every rank before anything ran, or it
- * ran and only its results could not be made.
+ * What the failure of a step means:
+ * - `in-step`: all ranks can go on; it was refused alike by every rank before anything ran, or only its results could not be made;
+ * - `aborted`: another rank ended the collectives; why, the coordinator learns from that rank;
+ * - `fatal`: the ranks are in different states.
  */
-export function isHarmless(stepError: unknown): boolean {
+export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal' {
   const code = nativeErrorCode(stepError);
-  return code === 'INVALID_ARGUMENT' || code === 'EVALUATION';
+  if (code === 'INVALID_ARGUMENT' || code === 'EVALUATION') return 'in-step';
+  return code === 'ABORTED' ? 'aborted' : 'fatal';
 }
 
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */

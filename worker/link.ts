@@ -7,7 +7,7 @@ import type { CoordinatorMessage__Output } from '../proto/generated/tandem/v1/Co
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
 import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
-import { isHarmless, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
+import { failureKind, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
 import { decodeStep, encodeStepResult } from './wire.js';
 
 export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
@@ -17,6 +17,9 @@ export interface LinkOptions {
   readonly token: string;
   readonly log: Logger;
 }
+
+/** How long a rank whose collectives another one ended waits for the coordinator to say what becomes of it. */
+const ABORT_GRACE_MS = 2000;
 
 /** Why the link ended: the coordinator said so, or it (or this worker's engine) broke. */
 export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'dismissed' } | { readonly kind: 'broken'; readonly reason: string };
@@ -73,8 +76,10 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
         engine.step(decodeStep(message.step)).then(
           (result) => link.write({ result: encodeStepResult(result) }),
           (error: unknown) => {
-            if (isHarmless(error)) link.write({ result: { stepId, error: (error as Error).message } });
-            else fail(error);
+            const kind = failureKind(error);
+            if (kind === 'in-step') link.write({ result: { stepId, error: (error as Error).message } });
+            else if (kind === 'fatal') fail(error);
+            else setTimeout(() => fail(error), ABORT_GRACE_MS);
           },
         );
       }

@@ -5,6 +5,7 @@ import { tinyModelDir } from '../../model/tiny/tiny-model.js';
 import type { Status__Output } from '../../proto/generated/tandem/v1/Status.js';
 import { answerView } from '../answer-view.js';
 import { formatBytes, formatTable } from '../format.js';
+import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
 
 const WORLD_SIZE = 2;
@@ -18,28 +19,34 @@ export const demoCommand: CommandModule<unknown, object> = {
       .split('\n')
       .filter((line) => line.trim() !== '')
       .map((line) => line.replaceAll('<n>', '\n'));
-    const cluster = await startLocalCluster({ model: null, worldSize: WORLD_SIZE });
-    try {
-      process.stdout.write(
-        `A coordinator and ${WORLD_SIZE} workers (tensor parallel, CPU) serve the tiny model. Blanks are filled as tokens arrive:\n\n`,
-      );
-      const totals = { tokens: 0, decodeMs: 0, prefillMs: 0, promptTokens: 0 };
-      for (const prompt of prompts) {
-        const view = answerView(prompt, (text) => process.stdout.write(text), process.stdout.isTTY === true);
-        const finish = await cluster.client.generate({ text: prompt, temperature: 0, maxNewTokens: MAX_NEW_TOKENS }, (delta) =>
-          view.delta(delta),
+    await interruptible(async (signal) => {
+      const cluster = await startLocalCluster({ model: null, worldSize: WORLD_SIZE, signal });
+      try {
+        process.stdout.write(
+          `A coordinator and ${WORLD_SIZE} workers (tensor parallel, CPU) serve the tiny model. Blanks are filled as tokens arrive:\n\n`,
         );
-        view.finish();
-        process.stdout.write('\n');
-        totals.tokens += finish.usage!.generatedTokens;
-        totals.promptTokens += finish.usage!.promptTokens;
-        totals.decodeMs += finish.timings!.decodeMs;
-        totals.prefillMs += finish.timings!.prefillMs;
+        const totals = { tokens: 0, decodeMs: 0, prefillMs: 0, promptTokens: 0 };
+        for (const prompt of prompts) {
+          const view = answerView(prompt, (text) => process.stdout.write(text), process.stdout.isTTY === true);
+          const request = { text: prompt, temperature: 0, maxNewTokens: MAX_NEW_TOKENS };
+          const finish = await cluster.client
+            .generate(request, (delta) => view.delta(delta), signal)
+            .catch((error: unknown) => {
+              view.stop();
+              throw error;
+            });
+          view.finish();
+          process.stdout.write('\n');
+          totals.tokens += finish.usage!.generatedTokens;
+          totals.promptTokens += finish.usage!.promptTokens;
+          totals.decodeMs += finish.timings!.decodeMs;
+          totals.prefillMs += finish.timings!.prefillMs;
+        }
+        process.stdout.write(`${summary(await cluster.client.status(), totals)}\n`);
+      } finally {
+        await cluster.close();
       }
-      process.stdout.write(`${summary(await cluster.client.status(), totals)}\n`);
-    } finally {
-      await cluster.close();
-    }
+    });
   },
 };
 

@@ -60,8 +60,8 @@ test.each([
   {
     name: 'half a rank',
     args: [...fromTiny, '--to', join(scratch, 'x'), '--quantize', 'int8', '--ranks', '1.5'],
-    error: ConfigError,
-    message: '--ranks is 1.5, it must be a whole number of at least 1',
+    error: Error,
+    message: '--ranks 1.5: a whole number from 1 to 2147483647 is needed',
   },
   {
     name: 'three bits',

@@ -2,6 +2,7 @@ import type { CommandModule } from 'yargs';
 import { importCheckpoint, type ImportProgress } from '../../model/import/import-checkpoint.js';
 import { ConfigError } from '../../common/errors.js';
 import { formatBytes } from '../format.js';
+import { wholeNumber } from '../number-option.js';
 
 interface ImportArgs {
   from: string;
@@ -43,21 +44,15 @@ export const importCommand: CommandModule<unknown, ImportArgs> = {
         describe: 'Quantise the linear layers (default: as in the checkpoint)',
       })
       .option('group', {
+        type: 'string', // or 128 would arrive as a number, which is none of the choices
         choices: ['vector', '128'] as const,
         requiresArg: true,
         describe: 'Columns that share a scale: as GLM-130B does, or 128 (default: vector)',
       })
-      .option('ranks', {
-        type: 'number',
-        requiresArg: true,
-        describe: 'Ranks that --group vector quantises for (default: those of the checkpoint)',
-      })
-      .check(({ ranks }) => {
-        if (ranks !== undefined && !(Number.isSafeInteger(ranks) && ranks >= 1)) {
-          throw new ConfigError(`--ranks is ${ranks}, it must be a whole number of at least 1`);
-        }
-        return true;
-      }),
+      .option(
+        'ranks',
+        wholeNumber('ranks', { min: 1, describe: 'Ranks that --group vector quantises for (default: those of the checkpoint)' }),
+      ) as never,
   async handler(args) {
     const started = performance.now();
     const interrupt = new AbortController();

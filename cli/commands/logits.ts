@@ -1,6 +1,8 @@
 import type { CommandModule } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
+import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
+import { wholeNumber } from '../number-option.js';
 
 interface LogitsArgs {
   model: string | undefined;
@@ -13,6 +15,7 @@ interface LogitsArgs {
   isa: string;
   all: boolean;
   json: boolean;
+  noJson: boolean;
 }
 
 export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
@@ -22,49 +25,53 @@ export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
     yargs
       .option('model', { type: 'string', describe: 'Model store (default: the tiny model)' })
       .option('tokens', { type: 'string', demandOption: true, describe: 'Token ids, e.g. 5,6,7' })
-      .option('bidirectional', { type: 'number', default: 0, describe: 'The first N tokens see each other; the rest is causal' })
+      .option(
+        'bidirectional',
+        wholeNumber('bidirectional', { min: 0, default: 0, describe: 'The first N tokens see each other; the rest is causal' }),
+      )
       .option('positions', { type: 'string', describe: 'Position ids, one for each token (default: 0,1,2,...)' })
-      .option('world-size', { type: 'number', default: 1, describe: 'Tensor-parallel workers to use' })
-      .option('threads', { type: 'number', default: 1, describe: 'Threads of each worker' })
-      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, default: 'fp32', describe: 'Precision of the KV cache' })
+      .option('world-size', wholeNumber('world-size', { min: 1, default: 1, describe: 'Tensor-parallel workers to use' }))
+      .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
+      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp32', describe: 'Precision of the KV cache' })
       .option('isa', {
         choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+        requiresArg: true,
         default: 'auto',
         describe: 'Instruction set of the kernels',
       })
       .option('all', { type: 'boolean', default: false, describe: "Every position's logits, not only the last one's" })
-      .option('json', {
-        type: 'boolean',
-        default: true,
-        describe: 'Print {"shape":[rows,V],"logits":[[...]]}; --no-json: the largest ones of each row',
-      }) as never,
+      .option('json', { type: 'boolean', default: true, describe: 'Print {"shape":[rows,V],"logits":[[...]]}' })
+      .option('no-json', { type: 'boolean', default: false, describe: 'Print the five largest of each row instead' }) as never,
   async handler(args) {
     const ids = parseIds('--tokens', args.tokens);
     const positions = args.positions === undefined ? [] : parseIds('--positions', args.positions);
     if (args.positions !== undefined && positions.length !== ids.length) {
       throw new ConfigError(`--positions has ${positions.length} entries for ${ids.length} tokens: give one for each`);
     }
-    if (!Number.isInteger(args.bidirectional) || args.bidirectional < 0 || args.bidirectional > ids.length) {
-      throw new ConfigError(`--bidirectional ${args.bidirectional}: a whole number from 0 to the number of tokens, ${ids.length}`);
+    if (args.bidirectional > ids.length) {
+      throw new ConfigError(`--bidirectional ${args.bidirectional}: there are ${ids.length} tokens, so at most that many see each other`);
     }
-    const cluster = await startLocalCluster({
-      model: args.model ?? null,
-      worldSize: args.worldSize,
-      threads: args.threads,
-      kvDtype: args.kvDtype === 'fp16' ? 'fp16' : 'fp32',
-      isa: args.isa,
-    });
-    try {
-      const rows = await cluster.client.logits({
-        ids,
-        positions,
-        bidirectionalTokens: args.bidirectional,
-        rows: args.all ? ids.length : 1,
+    await interruptible(async (signal) => {
+      const cluster = await startLocalCluster({
+        model: args.model ?? null,
+        worldSize: args.worldSize,
+        threads: args.threads,
+        kvDtype: args.kvDtype === 'fp16' ? 'fp16' : 'fp32',
+        isa: args.isa,
+        signal,
       });
-      process.stdout.write(args.json ? toJson(rows) : largest(rows, args.all ? 0 : ids.length - 1));
-    } finally {
-      await cluster.close();
-    }
+      try {
+        const rows = await cluster.client.logits({
+          ids,
+          positions,
+          bidirectionalTokens: args.bidirectional,
+          rows: args.all ? ids.length : 1,
+        });
+        process.stdout.write(args.json && !args.noJson ? toJson(rows) : largest(rows, args.all ? 0 : ids.length - 1));
+      } finally {
+        await cluster.close();
+      }
+    });
   },
 };
 

@@ -3,7 +3,9 @@ import type { CommandModule } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { startServer } from '../../coordinator/main.js';
+import { nativeBuild } from '../../worker/engine.js';
 import { modelOrTiny } from '../model-option.js';
+import { wholeNumber } from '../number-option.js';
 
 export const DEFAULT_ADDRESS = '127.0.0.1:7130';
 
@@ -36,8 +38,8 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
   builder: (yargs) =>
     yargs
       .option('model', { type: 'string', describe: 'Model store (default: the tiny model that ships with the project)' })
-      .option('world-size', { type: 'number', default: 2, describe: 'Workers: the tensor-parallel degree' })
-      .option('threads', { type: 'number', default: 1, describe: 'Threads of each worker' })
+      .option('world-size', wholeNumber('world-size', { min: 1, default: 2, describe: 'Workers: the tensor-parallel degree' }))
+      .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
       .option('listen', { type: 'string', default: DEFAULT_ADDRESS, describe: 'Public gRPC API: host:port or unix:/path' })
       .option('worker-listen', { type: 'string', describe: 'Where workers dial in (default: a private Unix socket)' })
       .option('external-workers', {
@@ -45,29 +47,38 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
         default: false,
         describe: 'Workers are started by somebody else, with "tandem worker"',
       })
-      .option('kv-blocks', { type: 'number', describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' })
-      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, default: 'fp16', describe: 'Precision of the KV cache' })
+      .option(
+        'kv-blocks',
+        wholeNumber('kv-blocks', { min: 1, describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' }),
+      )
+      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' })
       .option('isa', {
         choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+        requiresArg: true,
         default: 'auto',
         describe: 'Instruction set of the kernels',
       })
-      .option('step-timeout-ms', { type: 'number', default: 60_000, describe: 'A step that takes longer ends the epoch' })
-      .option('log-level', { choices: LOG_LEVELS, default: 'info' })
+      .option(
+        'step-timeout-ms',
+        wholeNumber('step-timeout-ms', { min: 1, default: 60_000, describe: 'A step that takes longer ends the epoch' }),
+      )
+      .option('log-level', {
+        choices: LOG_LEVELS,
+        requiresArg: true,
+        default: 'info',
+        describe: 'Least level of the log, JSON lines on stderr',
+      })
       .check((args) => {
-        positive('--world-size', args['world-size']);
-        positive('--threads', args.threads);
-        positive('--step-timeout-ms', args['step-timeout-ms']);
-        if (args['kv-blocks'] !== undefined) positive('--kv-blocks', args['kv-blocks']);
         if (args['external-workers'] && !args['worker-listen'])
           throw new ConfigError('--external-workers needs --worker-listen, or workers could not find the coordinator');
         return true;
       }) as never,
   async handler(args) {
     const stop = new Promise<void>((resolve) => {
-      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => resolve());
+      for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => resolve()); // npm and timeout send it twice
       process.once('disconnect', () => resolve()); // a parent that is gone needs no server
     });
+    if (!args.externalWorkers) nativeBuild(); // now, and not from each worker
     const starting = startServer({
       model: await modelOrTiny(args.model),
       worldSize: args.worldSize,
@@ -75,6 +86,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       listen: args.listen,
       workerListen: args.workerListen ?? null,
       supervise: !args.externalWorkers,
+      workerToken: process.env['TANDEM_WORKER_TOKEN'] ?? null,
       workerCommand: [process.execPath, fileURLToPath(new URL('../main.js', import.meta.url)), 'worker'],
       kvBlocks: args.kvBlocks ?? null,
       kvDtype: args.kvDtype === 'fp32' ? 'fp32' : 'fp16',
@@ -93,8 +105,3 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
     }
   },
 };
-
-/** @throws ConfigError */
-function positive(flag: string, value: number): void {
-  if (!Number.isInteger(value) || value < 1) throw new ConfigError(`${flag} ${value}: a whole number from 1 on is needed`);
-}

@@ -1,6 +1,7 @@
 import type { CommandModule } from 'yargs';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { runWorker } from '../../worker/main.js';
+import { wholeNumber } from '../number-option.js';
 
 /** EX_TEMPFAIL of sysexits.h: whoever supervises this process should start it again. */
 const EXIT_START_AGAIN = 75;
@@ -18,17 +19,26 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
   builder: (yargs) =>
     yargs
       .option('coordinator', { type: 'string', demandOption: true, describe: "The coordinator's worker address: unix:/path or host:port" })
-      .option('rank', { type: 'number', demandOption: true, describe: 'This rank, from 0' })
-      .option('connect-timeout-ms', { type: 'number', default: 30_000, describe: 'How long to try to reach the coordinator' })
-      .option('log-level', { choices: LOG_LEVELS, default: 'info' }) as never,
+      .option('rank', wholeNumber('rank', { min: 0, demandOption: true, describe: 'This rank, from 0' }))
+      .option(
+        'connect-timeout-ms',
+        wholeNumber('connect-timeout-ms', { min: 1, default: 30_000, describe: 'How long to try to reach the coordinator' }),
+      )
+      .option('log-level', {
+        choices: LOG_LEVELS,
+        requiresArg: true,
+        default: 'info',
+        describe: 'Least level of the log, JSON lines on stderr',
+      }) as never,
   async handler(args) {
-    // A terminal's Ctrl-C reaches the whole process group; the coordinator decides when its workers leave.
-    process.on('SIGINT', () => {});
+    const token = process.env['TANDEM_WORKER_TOKEN'] ?? '';
+    // A terminal's Ctrl-C reaches the whole process group; a supervising coordinator decides when its workers leave.
+    if (token !== '') process.on('SIGINT', () => {});
     process.once('SIGTERM', () => process.exit(0));
     const end = await runWorker({
       coordinator: args.coordinator,
       rank: args.rank,
-      token: process.env['TANDEM_WORKER_TOKEN'] ?? '',
+      token,
       logLevel: args.logLevel as LogLevel,
       connectTimeoutMs: args.connectTimeoutMs,
     });
