@@ -77,11 +77,12 @@ function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
   };
 }
 
-type Call = { on(event: 'cancelled', listener: () => void): unknown };
+type Call = { readonly cancelled: boolean; on(event: 'cancelled', listener: () => void): unknown };
 
 /** The request ends when its client goes. */
 function cancelWith<R>(call: Call, ticket: Ticket<R>): Ticket<R> {
   call.on('cancelled', () => ticket.cancel());
+  if (call.cancelled) ticket.cancel();
   return ticket;
 }
 
