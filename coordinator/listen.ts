@@ -47,7 +47,14 @@ async function removeStaleSocket(path: string): Promise<void> {
   const stat = lstatSync(path, { throwIfNoEntry: false });
   if (!stat) return;
   if (!stat.isSocket()) throw new ConfigError(`cannot listen on unix:${path}: a file that is no socket is there, choose another path`);
-  const isAlive = await new Promise<boolean>((resolve) => {
+  if (await isAnswered(path))
+    throw new ConfigError(`cannot listen on unix:${path}: another server uses it, choose another path or stop it`);
+  unlinkSync(path);
+}
+
+/** Whether somebody listens on a Unix socket. */
+export function isAnswered(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
     const probe = connect(path);
     probe.once('connect', () => {
       probe.destroy();
@@ -55,8 +62,6 @@ async function removeStaleSocket(path: string): Promise<void> {
     });
     probe.once('error', () => resolve(false));
   });
-  if (isAlive) throw new ConfigError(`cannot listen on unix:${path}: another server uses it, choose another path or stop it`);
-  unlinkSync(path);
 }
 
 function plainReason(error: Error): string {

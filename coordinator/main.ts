@@ -1,7 +1,4 @@
 import { randomBytes } from 'node:crypto';
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
@@ -16,6 +13,7 @@ import { ServingService } from './api/service.js';
 import { Supervisor } from './group/supervisor.js';
 import { WorkerGroup } from './group/worker-group.js';
 import { checkListen, listen } from './listen.js';
+import { createWorkerSocketPath } from './runtime-dir.js';
 import { ServingLoop } from './serving-loop.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { statusSnapshot } from './status/snapshot.js';
@@ -74,8 +72,6 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
   if (tokenizer) checkSpecialTokens(tokenizer, config.specialTokens);
 
-  const runtimeDir = mkdtempSync(join(tmpdir(), 'tandem-')); // mode 0700: only this user's workers reach the link
-  process.once('exit', () => rmSync(runtimeDir, { recursive: true, force: true }));
   const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
   let supervisor: Supervisor | null = null;
@@ -115,7 +111,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     })());
 
   try {
-    const linkAddress = await listen(linkServer, options.workerListen ?? `unix:${join(runtimeDir, 'workers.sock')}`);
+    const linkAddress = await listen(linkServer, options.workerListen ?? `unix:${await createWorkerSocketPath()}`);
     if (options.supervise) {
       supervisor = new Supervisor({
         worldSize: options.worldSize,

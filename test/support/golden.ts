@@ -2,6 +2,7 @@
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { afterAll } from 'vitest';
 import { packageRoot } from '../../common/package-root.js';
 import { importCheckpoint } from '../../model/import/import-checkpoint.js';
 
@@ -25,7 +26,7 @@ export interface GoldenMask {
 
 const goldenDir = join(packageRoot, 'test', 'golden');
 const scratch = mkdtempSync(join(tmpdir(), 'tandem-golden-'));
-process.once('exit', () => rmSync(scratch, { recursive: true, force: true }));
+afterAll(() => rmSync(scratch, { recursive: true, force: true }));
 
 export function readGolden<T>(path: string): T {
   return JSON.parse(readFileSync(join(goldenDir, path), 'utf8')) as T;
