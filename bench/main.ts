@@ -31,6 +31,8 @@ interface Measurement {
   readonly decodeTokensPerSecond: number;
   readonly batch8TokensPerSecond: number;
   readonly bytesPerToken: number;
+  /** Mean step of one stream, its prefill of 16 tokens included: all of it, what the slowest rank computes, and its collectives. */
+  readonly stepMs: { readonly total: number; readonly compute: number; readonly collectives: number };
   /** Weight bytes that decoding reads per second, as a fraction of the read bandwidth of as many threads. */
   readonly decodeBandwidthFraction: number;
 }
@@ -98,6 +100,11 @@ async function measureModel(model: ModelCase): Promise<Measurement[]> {
         decodeTokensPerSecond: decode,
         batch8TokensPerSecond: median(runs.map((run) => run.batch)),
         bytesPerToken: model.bytesPerToken,
+        stepMs: {
+          total: median(runs.map((run) => run.stepMs)),
+          compute: median(runs.map((run) => run.computeMs)),
+          collectives: median(runs.map((run) => run.collectiveMs)),
+        },
         decodeBandwidthFraction: (decode * model.bytesPerToken) / bandwidth.twoThreads,
       });
     } finally {
@@ -109,13 +116,19 @@ async function measureModel(model: ModelCase): Promise<Measurement[]> {
 
 async function measureOnce(client: TandemClient, model: ModelCase, seed: number) {
   const prefill = await generate(client, model, model.prefillTokens - 2, 1, seed); // [gMASK] and <sop> make up the rest
+  const before = (await client.status()).totals!;
   const single = await generate(client, model, 14, model.decodeTokens, seed);
+  const after = (await client.status()).totals!;
+  const steps = after.steps - before.steps;
   const start = performance.now();
   const batch = await Promise.all(Array.from({ length: BATCH }, (_, i) => generate(client, model, 14, model.decodeTokens, seed * 100 + i)));
   const batchMs = performance.now() - start - Math.max(...batch.map((each) => each.prefillMs));
   return {
     prefill: (model.prefillTokens * 1000) / prefill.prefillMs,
     decode: ((model.decodeTokens - 1) * 1000) / single.decodeMs,
+    stepMs: (single.prefillMs + single.decodeMs) / steps,
+    computeMs: ((after.stepSeconds - before.stepSeconds) * 1000) / steps,
+    collectiveMs: ((after.collectiveSeconds - before.collectiveSeconds) * 1000) / steps,
     batch: (BATCH * (model.decodeTokens - 1) * 1000) / batchMs,
   };
 }
@@ -150,6 +163,7 @@ function report(): void {
     `${(each.bytesPerToken / 1e6).toFixed(1)} MB`,
     `${gigabytes(each.decodeTokensPerSecond * each.bytesPerToken)} GB/s`,
     `${(each.decodeBandwidthFraction * 100).toFixed(0)}%`,
+    [each.stepMs.total, each.stepMs.compute, each.stepMs.collectives].map((ms) => ms.toFixed(2)).join(' / '),
   ]);
   const header = [
     'model',
@@ -160,6 +174,7 @@ function report(): void {
     'weights per token',
     'decode reads',
     'of bandwidth',
+    'mean step / compute / collectives ms',
   ];
   process.stdout.write(
     `${cpu}, ${addon.build.isa}; medians of ${options.repeats}\n` +

@@ -5,16 +5,7 @@ import { status } from '@grpc/grpc-js';
  * the one table from class to wire status. Anything that is not a TandemError is a defect and is reported as INTERNAL.
  */
 export type ErrorCode =
-  | 'INVALID_REQUEST'
-  | 'PROMPT_TOO_LONG'
-  | 'QUEUE_FULL'
-  | 'DEADLINE'
-  | 'CANCELLED'
-  | 'NOT_READY'
-  | 'WORKER_LOST'
-  | 'ENGINE'
-  | 'CONFIG'
-  | 'CHECKPOINT';
+  'INVALID_REQUEST' | 'PROMPT_TOO_LONG' | 'QUEUE_FULL' | 'CANCELLED' | 'NOT_READY' | 'WORKER_LOST' | 'ENGINE' | 'CONFIG' | 'CHECKPOINT';
 
 export abstract class TandemError extends Error {
   abstract readonly code: ErrorCode;
@@ -33,9 +24,6 @@ export class PromptTooLongError extends TandemError {
 }
 export class QueueFullError extends TandemError {
   readonly code = 'QUEUE_FULL';
-}
-export class DeadlineError extends TandemError {
-  readonly code = 'DEADLINE';
 }
 export class CancelledError extends TandemError {
   readonly code = 'CANCELLED';
@@ -64,7 +52,6 @@ export const GRPC_STATUS: Readonly<Record<ErrorCode, status>> = {
   INVALID_REQUEST: status.INVALID_ARGUMENT,
   PROMPT_TOO_LONG: status.INVALID_ARGUMENT,
   QUEUE_FULL: status.RESOURCE_EXHAUSTED,
-  DEADLINE: status.DEADLINE_EXCEEDED,
   CANCELLED: status.CANCELLED,
   NOT_READY: status.UNAVAILABLE,
   WORKER_LOST: status.UNAVAILABLE,

@@ -95,59 +95,45 @@ describe('the same request gives the same tokens', () => {
   afterAll(() => cluster?.close());
 
   const prompts = cases.filter(({ strategy }) => strategy === 'greedy').map(({ text }) => text);
-  const idsOf = async (text: string, temperature: number, seed: number) => {
-    const finish = await cluster.client.generate({
-      text,
-      temperature,
-      topP: temperature > 0 ? 0.9 : 0,
-      seed,
-      maxNewTokens: 24,
-      logprobs: 2,
-      n: temperature > 0 ? 2 : 1,
+  /** Ids of all outputs, and every log-probability that came with them: compared bit for bit. */
+  const answerOf = async (text: string, temperature: number, seed: number) => {
+    const logprobs: number[][] = [[], []];
+    const request = { text, temperature, topP: temperature > 0 ? 0.9 : 0, seed, maxNewTokens: 24, logprobs: 2, n: temperature > 0 ? 2 : 1 };
+    const finish = await cluster.client.generate(request, (delta) => {
+      for (const { logprob, top } of delta.logprobs) logprobs[delta.output]!.push(logprob, ...top.map((each) => each.logprob));
     });
-    return finish.outputs.map(({ ids }) => ids);
+    return { ids: finish.outputs.map(({ ids }) => ids), logprobs };
+  };
+  const beamsOf = async (text: string, deterministic: boolean, seed: number) => {
+    const finish = await cluster.client.generate({ text, seed, maxNewTokens: 12, beamSearch: { ...BEAMS, deterministic } });
+    return finish.outputs[0]!.beams.map(({ ids, score }) => ({ ids, score }));
   };
 
   test.each([
-    { name: 'greedy', temperature: 0 },
-    { name: 'seeded sampling', temperature: 1 },
-  ])('alone, among 32 others and in any order of arrival: $name', async ({ temperature }) => {
+    { name: 'greedy', ask: (text: string, seed: number) => answerOf(text, 0, seed) },
+    { name: 'seeded sampling, two samples', ask: (text: string, seed: number) => answerOf(text, 1, seed) },
+    { name: 'beams', ask: (text: string, seed: number) => beamsOf(text, true, seed) },
+    { name: 'drawn beams', ask: (text: string, seed: number) => beamsOf(text, false, seed) },
+  ])('alone, among 32 others and in any order of arrival: $name', async ({ ask }) => {
     const chosen = prompts.slice(0, 33);
-    const alone: number[][][] = [];
-    for (const [seed, text] of chosen.entries()) alone.push(await idsOf(text, temperature, seed));
-    const together = await Promise.all(chosen.map((text, seed) => idsOf(text, temperature, seed)));
-    expect(together).toEqual(alone);
+    const alone: unknown[] = [];
+    for (const [seed, text] of chosen.entries()) alone.push(await ask(text, seed));
+    expect(JSON.stringify(alone)).toMatch(/-\d+\.\d+/); // there are log-probabilities to compare
+    expect(await Promise.all<unknown>(chosen.map((text, seed) => ask(text, seed)))).toEqual(alone);
     const order = chosen.map((_, i) => (i * 14 + 5) % chosen.length);
-    const shuffled = new Map<number, number[][]>();
+    const shuffled = new Map<number, unknown>();
     await Promise.all(
       order.map(async (index, i) => {
         await new Promise((resolve) => setTimeout(resolve, i * 3));
-        shuffled.set(index, await idsOf(chosen[index]!, temperature, index));
+        shuffled.set(index, await ask(chosen[index]!, index));
       }),
     );
     expect(chosen.map((_, i) => shuffled.get(i))).toEqual(alone);
   });
 
-  test('log-probabilities have the same bits alone and in a batch', async () => {
-    const ask = (text: string) =>
-      new Promise<number[]>((resolve, reject) => {
-        const logprobs: number[] = [];
-        cluster.client
-          .generate({ text, temperature: 0, maxNewTokens: 16, logprobs: 3 }, (delta) => {
-            for (const token of delta.logprobs) logprobs.push(token.logprob, ...token.top.map(({ logprob }) => logprob));
-          })
-          .then(() => resolve(logprobs), reject);
-      });
-    const text = 'Anna had a dog named Lucky. One day, Lucky ran away. [gMASK]';
-    const alone = await ask(text);
-    const [together] = await Promise.all([ask(text), ...prompts.slice(0, 32).map(ask)]);
-    expect(alone.length).toBeGreaterThan(16);
-    expect(together).toEqual(alone);
-  });
-
   test('another seed gives other tokens, and n samples differ', async () => {
     const text = 'Once upon a time, [gMASK]';
-    const [first, second] = [await idsOf(text, 1, 1), await idsOf(text, 1, 2)];
+    const [{ ids: first }, { ids: second }] = [await answerOf(text, 1, 1), await answerOf(text, 1, 2)];
     expect(first).not.toEqual(second);
     expect(first[0]).not.toEqual(first[1]);
   });
