@@ -14,6 +14,7 @@ import { Supervisor } from './group/supervisor.js';
 import { WorkerGroup } from './group/worker-group.js';
 import { checkListen, listen } from './listen.js';
 import { createWorkerSocketPath } from './runtime-dir.js';
+import { DEFAULT_LIMITS } from './limits.js';
 import { ServingLoop } from './serving-loop.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { statusSnapshot } from './status/snapshot.js';
@@ -91,6 +92,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     token,
     log,
     vocabSize: config.vocabSize,
+    numLayers: config.numLayers,
     onAttached: (rank) => supervisor?.attached(rank),
     onDismissed: (rank, isCulprit) => supervisor?.expectExit(rank, isCulprit),
   });
@@ -125,8 +127,16 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     await group.ready();
 
     loop = new ServingLoop(group, { maxBatchTokens: maxRunTokens + MAX_EXTENDS, maxExtends: MAX_EXTENDS, maxQueued: MAX_QUEUED }, log);
-    const service = new ServingService(loop, config, tokenizer, KV_BLOCK_SIZE);
     const running = loop;
+    const service = new ServingService({
+      config,
+      modelName: 'glm',
+      tokenizer,
+      blockSize: KV_BLOCK_SIZE,
+      limits: DEFAULT_LIMITS,
+      loop: () => running,
+      health: () => ({ state: 'ready', reason: '' }),
+    });
     publicServer = createGrpcServer({
       service,
       log,

@@ -23,6 +23,8 @@ function start(options: { kvBlocks?: number; lostSteps?: ReadonlySet<number> } =
   return { loop, engine };
 }
 
+let nextRequest = 1;
+
 interface Shape {
   readonly prompt: number;
   readonly newTokens: number;
@@ -45,7 +47,16 @@ function job({ prompt, newTokens, samples }: Shape, seed: number): Job<number[][
         bidirectionalTokens: 0,
         want: {
           kind: 'sample' as const,
-          params: { temperature: 1, topK: 0, topP: 0, bannedTokens: [] },
+          params: {
+            temperature: 1,
+            topK: 0,
+            topP: 0,
+            bannedTokens: [],
+            biasTokens: [],
+            biases: [],
+            repetitionPenalty: 1,
+            repeatedTokens: [],
+          },
           noise: { seed: BigInt(seed), stream, position: i },
           topLogprobs: 0,
         },
@@ -58,7 +69,16 @@ function job({ prompt, newTokens, samples }: Shape, seed: number): Job<number[][
     return rows.map(({ tokens: own }) => own);
   }
   const perSample = Math.ceil((prompt + newTokens) / BLOCK_SIZE) + 1;
-  return { reserveBlocks: Math.ceil(prompt / BLOCK_SIZE) + samples * perSample, start: strategy };
+  return {
+    requestId: `request-${nextRequest++}`,
+    caller: { name: '', weight: 1 },
+    priority: 0,
+    timeoutMs: null,
+    promptTokens: prompt,
+    maxBlocks: Math.ceil(prompt / BLOCK_SIZE) + samples * perSample,
+    maxSequences: samples + 1,
+    start: strategy,
+  };
 }
 
 async function alone(shape: Shape, seed: number): Promise<number[][]> {
@@ -198,7 +218,7 @@ test('a request can be cancelled while there are no workers', async () => {
 
 test('a request that needs more blocks than it reserved fails, and the loop goes on', async () => {
   const { loop } = start({ kvBlocks: 8 });
-  const greedy = loop.submit({ ...job({ prompt: 30, newTokens: 30, samples: 1 }, 1), reserveBlocks: 1 });
+  const greedy = loop.submit({ ...job({ prompt: 30, newTokens: 30, samples: 1 }, 1), maxBlocks: 1 });
   await expect(greedy.done).rejects.toThrow('no free KV block of 8');
   const modest = loop.submit(job({ prompt: 4, newTokens: 2, samples: 1 }, 2));
   expect((await modest.done).value).toEqual(await alone({ prompt: 4, newTokens: 2, samples: 1 }, 2));

@@ -1,3 +1,4 @@
+import type { Caller } from './access/caller.js';
 import {
   CancelledError,
   EngineError,
@@ -10,6 +11,7 @@ import {
 import type { Logger } from '../common/log.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
+import type { RequestTimings } from './status/observer.js';
 import { BlockManager } from './scheduler/block-manager.js';
 import { schedule, type PendingExtend, type StepLimits } from './scheduler/schedule.js';
 import {
@@ -28,12 +30,23 @@ import {
 
 /** One request as the loop sees it: a strategy to drive, and what it can come to need. */
 export interface Job<R> {
+  /** Unique among the requests that wait or run. */
+  readonly requestId: string;
+  readonly caller: Pick<Caller, 'name' | 'weight'>;
+  /** Higher goes first. */
+  readonly priority: number;
+  /** From submission to the end, waiting included; null: none. */
+  readonly timeoutMs: number | null;
+  readonly promptTokens: number;
   /** KV blocks that it can hold at once, at worst. */
-  readonly reserveBlocks: number;
+  readonly maxBlocks: number;
+  /** Sequences that it can have at once, at worst. */
+  readonly maxSequences: number;
   start(sequences: Sequences): Strategy<R>;
 }
 
 export interface Ticket<R> {
+  readonly requestId: string;
   /** Rejects with a TandemError. */
   readonly done: Promise<Completed<R>>;
   /** Ends the request before the next step; `done` rejects with a CancelledError. No effect once it has ended. */
@@ -43,13 +56,6 @@ export interface Ticket<R> {
 export interface Completed<R> {
   readonly value: R;
   readonly timings: RequestTimings;
-}
-
-/** Milliseconds: arrival to first step; from there to the first result that carries tokens; from there to the end. */
-export interface RequestTimings {
-  readonly queueMs: number;
-  readonly prefillMs: number;
-  readonly decodeMs: number;
 }
 
 export interface LoopSnapshot {
@@ -138,10 +144,10 @@ export class ServingLoop {
     if (this.waiting.length >= this.limits.maxQueued) {
       throw new QueueFullError(`${this.waiting.length} requests are waiting, the queue takes ${this.limits.maxQueued}: try again later`);
     }
-    if (job.reserveBlocks > this.blocks.totalBlocks) {
+    if (job.maxBlocks > this.blocks.totalBlocks) {
       const { totalBlocks, blockSize } = this.blocks;
       throw new InvalidRequestError(
-        `the request can need ${job.reserveBlocks} KV blocks of ${blockSize} tokens, the server has ${totalBlocks}: ask for fewer new tokens, samples or beams, or start the server with more --kv-blocks`,
+        `the request can need ${job.maxBlocks} KV blocks of ${blockSize} tokens, the server has ${totalBlocks}: ask for fewer new tokens, samples or beams, or start the server with more --kv-blocks`,
       );
     }
     let resolve!: (value: Completed<unknown>) => void;
@@ -152,7 +158,7 @@ export class ServingLoop {
     });
     const active: Active = {
       id: this.nextId++,
-      reserveBlocks: job.reserveBlocks,
+      reserveBlocks: job.maxBlocks,
       arrivalMs: this.now(),
       sequences: new Map(),
       strategy: undefined as unknown as Strategy<unknown>,
@@ -176,6 +182,7 @@ export class ServingLoop {
       this.wake?.();
     }
     return {
+      requestId: job.requestId,
       done: done as Promise<Completed<R>>,
       cancel: () => {
         active.cancelled = true;
@@ -188,6 +195,11 @@ export class ServingLoop {
   countTokens(promptTokens: number, generatedTokens: number): void {
     this.totals.promptTokens += promptTokens;
     this.totals.generatedTokens += generatedTokens;
+  }
+
+  abort(_requestId: string, _owner: string | null): void {}
+  async drain(_timeoutMs: number | null): Promise<number> {
+    return 0;
   }
 
   snapshot(): LoopSnapshot {
@@ -283,6 +295,8 @@ export class ServingLoop {
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
         bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
+        firstLayer: 0,
+        endLayer: this.engine.capacity.numLayers,
         want: op.want,
       })),
     });
@@ -290,8 +304,8 @@ export class ServingLoop {
 
   private apply(runs: readonly PlannedRun[], step: EngineStepResult): void {
     this.totals.steps += 1;
-    this.totals.computeMs += step.computeMs;
-    this.totals.collectiveMs += step.collectiveMs;
+    this.totals.computeMs += Math.max(...step.ranks.map(({ computeMs }) => computeMs));
+    this.totals.collectiveMs += Math.max(...step.ranks.map(({ collectiveMs }) => collectiveMs));
     const touched = new Set<Active>();
     runs.forEach((run, i) => {
       applyRun(run, this.blocks);
@@ -419,7 +433,12 @@ export class ServingLoop {
     const firstResultMs = active.firstResultMs ?? endMs;
     active.resolve({
       value,
-      timings: { queueMs: firstStepMs - active.arrivalMs, prefillMs: firstResultMs - firstStepMs, decodeMs: endMs - firstResultMs },
+      timings: {
+        queueMs: firstStepMs - active.arrivalMs,
+        prefillMs: firstResultMs - firstStepMs,
+        decodeMs: endMs - firstResultMs,
+        stallMs: 0,
+      },
     });
   }
 

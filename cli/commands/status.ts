@@ -33,7 +33,7 @@ function formatStatus(status: Status__Output): string {
     `tandem ${status.version}: ${status.state}, up ${status.uptimeSeconds.toFixed(0)} s, epoch ${status.epoch}`,
     `model     ${model!.path} (${model!.weights}, ${model!.numLayers} layers, hidden ${model!.hiddenSize}, vocabulary ${model!.vocabSize})`,
     `requests  ${requests!.running} running, ${requests!.queued} queued, ${requests!.finished} finished, ${requests!.failed} failed, ${requests!.cancelled} cancelled`,
-    `KV        ${kv!.usedBlocks} of ${kv!.totalBlocks} blocks of ${kv!.blockSize} tokens used, at most ${kv!.peakUsedBlocks}, ${kv!.reservedBlocks} reserved`,
+    `KV        ${kv!.usedBlocks} of ${kv!.totalBlocks} blocks of ${kv!.blockSize} tokens used, at most ${kv!.peakUsedBlocks}, ${kv!.cachedBlocks} cached`,
     `totals    ${totals!.steps} steps, ${totals!.promptTokens} prompt and ${totals!.generatedTokens} generated tokens, ${totals!.stepSeconds.toFixed(2)} s in steps, of which ${totals!.collectiveSeconds.toFixed(2)} s in collectives`,
     '',
     formatTable(

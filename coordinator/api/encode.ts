@@ -3,7 +3,8 @@ import type { GenerateResponse } from '../../proto/generated/tandem/v1/GenerateR
 import type { ScoreResponse } from '../../proto/generated/tandem/v1/ScoreResponse.js';
 import type { Timings } from '../../proto/generated/tandem/v1/Timings.js';
 import type { FinishReason, GenerationDelta, GenerationResult, ScoreResult } from '../generation/request.js';
-import type { Completed, RequestTimings } from '../serving-loop.js';
+import type { Completed } from '../serving-loop.js';
+import type { RequestTimings } from '../status/observer.js';
 
 const FINISH_REASONS = { end: 'FINISH_REASON_END', stop: 'FINISH_REASON_STOP', length: 'FINISH_REASON_LENGTH' } as const satisfies Record<
   FinishReason,
@@ -57,6 +58,6 @@ export function encodeScore({ value, timings }: Completed<ScoreResult>): ScoreRe
   };
 }
 
-function encodeTimings({ queueMs, prefillMs, decodeMs }: RequestTimings): Timings {
-  return { queueMs, prefillMs, decodeMs };
+function encodeTimings({ queueMs, prefillMs, decodeMs, stallMs }: RequestTimings): Timings {
+  return { queueMs, prefillMs, decodeMs, stallMs };
 }

@@ -1,6 +1,5 @@
-import { randomUUID } from 'node:crypto';
 import * as grpc from '@grpc/grpc-js';
-import { CancelledError, GRPC_STATUS, TandemError } from '../../common/errors.js';
+import { CancelledError, NotFoundError, TandemError, WIRE_STATUS } from '../../common/errors.js';
 import type { Logger } from '../../common/log.js';
 import { Generation, Ops } from '../../common/services.js';
 import type { GenerationHandlers } from '../../proto/generated/tandem/v1/Generation.js';
@@ -9,7 +8,8 @@ import type { Status } from '../../proto/generated/tandem/v1/Status.js';
 import type { Ticket } from '../serving-loop.js';
 import { encodeDelta, encodeFinish, encodeScore } from './encode.js';
 import type { ServingService } from './service.js';
-import { toDetokenizeIds, toGenerationRequest, toLogitsRequest, toScoreRequest, toTokenizeText } from './validate.js';
+import { LOCAL_CALLER } from '../access/caller.js';
+import { toCallContext, toDetokenizeIds, toGenerationRequest, toLogitsRequest, toScoreRequest, toTokenizeText } from './validate.js';
 
 /** Largest request a client may send. */
 const MAX_REQUEST_BYTES = 4 * 1024 * 1024;
@@ -31,22 +31,28 @@ export function createGrpcServer(api: GrpcApi): grpc.Server {
 }
 
 function opsHandlers({ status, log }: GrpcApi): OpsHandlers {
-  return { GetStatus: (_call, callback) => void answer(callback, log, status) };
+  return {
+    GetStatus: (_call, callback) => void answer(callback, log, status),
+    WatchStatus: (call) => call.end(),
+    Drain: (_call, callback) => void answer(callback, log, () => ({ remaining: 0 })),
+  };
 }
 
 function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
   return {
     Generate(call) {
       void stream(call, log, async (track) => {
-        const request = toGenerationRequest(call.request);
-        const ticket = track(service.generate(request, (delta) => call.write(encodeDelta(delta))));
-        call.write(encodeFinish(randomUUID(), await ticket.done));
+        const request = toGenerationRequest(call.request, service.limits);
+        const ticket = track(
+          service.generate(request, toCallContext(call.request.options, LOCAL_CALLER), (delta) => call.write(encodeDelta(delta))),
+        );
+        call.write(encodeFinish(ticket.requestId, await ticket.done));
       });
     },
     Logits(call) {
       void stream(call, log, async (track) => {
         const request = toLogitsRequest(call.request);
-        const { value } = await track(service.logits(request)).done;
+        const { value } = await track(service.logits(request, toCallContext(call.request.options, LOCAL_CALLER))).done;
         const { vocabSize } = service.config;
         const rowsAtOnce = Math.max(1, Math.floor(LOGITS_MESSAGE_BYTES / (vocabSize * 4)));
         for (let row = 0; row < request.rows; row += rowsAtOnce) {
@@ -57,12 +63,24 @@ function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
       });
     },
     Score(call, callback) {
-      void answer(callback, log, async () => encodeScore(await cancelWith(call, service.score(toScoreRequest(call.request))).done));
+      void answer(callback, log, async () =>
+        encodeScore(
+          await cancelWith(
+            call,
+            service.score(toScoreRequest(call.request, service.limits), toCallContext(call.request.options, LOCAL_CALLER)),
+          ).done,
+        ),
+      );
+    },
+    Abort(_call, callback) {
+      void answer(callback, log, () => {
+        throw new NotFoundError('no such request');
+      });
     },
     Tokenize(call, callback) {
       void answer(callback, log, () => {
         const tokenizer = service.requireTokenizer();
-        const text = toTokenizeText(call.request);
+        const text = toTokenizeText(call.request, service.limits);
         if (call.request.asPrompt) return { ids: tokenizer.encodePrompt(text) };
         return { ids: tokenizer.encode(text, { dummyPrefix: !call.request.noDummyPrefix }) };
       });
@@ -70,7 +88,7 @@ function generationHandlers({ service, log }: GrpcApi): GenerationHandlers {
     Detokenize(call, callback) {
       void answer(callback, log, () => {
         const tokenizer = service.requireTokenizer();
-        const ids = toDetokenizeIds(call.request);
+        const ids = toDetokenizeIds(call.request, service.limits);
         return { text: call.request.showSpecial ? tokenizer.detokenize(ids) : tokenizer.decode(ids) };
       });
     },
@@ -110,7 +128,7 @@ async function stream<Request, Response>(
 /** What was not foreseen is logged with its cause, and told to the client without it. */
 function toServiceError(error: unknown, log: Logger): Partial<grpc.ServiceError> & Error {
   if (error instanceof TandemError)
-    return Object.assign(new Error(error.message), { code: GRPC_STATUS[error.code], details: error.message });
+    return Object.assign(new Error(error.message), { code: WIRE_STATUS[error.code].grpc, details: error.message });
   log.error({ err: error }, 'a request failed by a defect');
   return Object.assign(new Error('internal error'), { code: grpc.status.INTERNAL, details: 'internal error, see the server log' });
 }

@@ -15,6 +15,10 @@ const nothing: GenerateRequest__Output = {
   beamSearch: null,
   endTokens: null,
   bannedTokens: [],
+  options: null,
+  logitBias: [],
+  presencePenalty: 0,
+  frequencyPenalty: 0,
   stop: [],
 };
 const text: GenerateRequest__Output = { ...nothing, text: 'a' };
@@ -33,6 +37,10 @@ test('what is not given has the documented defaults', () => {
     seed: 1234n,
     endTokens: null,
     bannedTokens: [],
+    options: null,
+    logitBias: [],
+    presencePenalty: 0,
+    frequencyPenalty: 0,
     stopStrings: [],
     topLogprobs: null,
   });

@@ -1,30 +1,26 @@
 /** From wire messages to requests. Every field is checked here, and an error names the field as the client wrote it. */
-import { InvalidRequestError } from '../../common/errors.js';
+import { ForbiddenError, InvalidRequestError } from '../../common/errors.js';
 import type { BeamSearch__Output } from '../../proto/generated/tandem/v1/BeamSearch.js';
 import type { DetokenizeRequest__Output } from '../../proto/generated/tandem/v1/DetokenizeRequest.js';
 import type { GenerateRequest__Output } from '../../proto/generated/tandem/v1/GenerateRequest.js';
+import type { RequestOptions__Output } from '../../proto/generated/tandem/v1/RequestOptions.js';
 import type { LogitsRequest__Output } from '../../proto/generated/tandem/v1/LogitsRequest.js';
 import type { ScoreRequest__Output } from '../../proto/generated/tandem/v1/ScoreRequest.js';
 import type { TokenizeRequest__Output } from '../../proto/generated/tandem/v1/TokenizeRequest.js';
 import type { TokenIds__Output } from '../../proto/generated/tandem/v1/TokenIds.js';
+import type { Limits } from '../limits.js';
+import { type Caller, MAX_PRIORITY } from '../access/caller.js';
+import type { CallContext } from './service.js';
 import type { LogitsRequest } from '../generation/logits.js';
-import type { BeamParams, GenerationRequest, Mode, Prompt, ScoreRequest } from '../generation/request.js';
-
-/** Bounds of what one request may ask for. */
-export const REQUEST_LIMITS = {
-  textBytes: 1024 * 1024,
-  detokenizedIds: 65536,
-  samples: 64,
-  beams: 64,
-  choices: 256,
-  stopStrings: 16,
-  stopStringBytes: 256,
-  bannedTokens: 4096,
-  endTokens: 64,
-  bannedPrefixes: 256,
-  bannedPrefixTokens: 16,
-  logprobs: 20,
-} as const;
+import {
+  type BeamParams,
+  type GenerationRequest,
+  type Mode,
+  NO_PENALTIES,
+  type Penalties,
+  type Prompt,
+  type ScoreRequest,
+} from '../generation/request.js';
 
 const DEFAULT_SEED = 1234n;
 const DEFAULT_NEW_TOKENS = 256;
@@ -37,26 +33,35 @@ const MODES: Readonly<Record<string, Mode>> = {
 };
 
 /** @throws InvalidRequestError */
-export function toGenerationRequest(wire: GenerateRequest__Output): GenerationRequest {
-  const beams = wire.beamSearch ? toBeams(wire.beamSearch) : null;
-  const n = wire.n === 0 ? 1 : inRange('n', wire.n, 1, REQUEST_LIMITS.samples);
-  const stopStrings = atMost('stop', wire.stop, REQUEST_LIMITS.stopStrings).map((text, i) => {
+export function toGenerationRequest(wire: GenerateRequest__Output, limits: Limits): GenerationRequest {
+  const beams = wire.beamSearch ? toBeams(wire.beamSearch, limits) : null;
+  const n = wire.n === 0 ? 1 : inRange('n', wire.n, 1, limits.maxSamples);
+  const stopStrings = atMost('stop', wire.stop, limits.maxStopStrings).map((text, i) => {
     const bytes = Buffer.byteLength(text);
-    if (bytes === 0 || bytes > REQUEST_LIMITS.stopStringBytes) {
-      throw new InvalidRequestError(`stop[${i}] has ${bytes} bytes, allowed are 1 to ${REQUEST_LIMITS.stopStringBytes}`);
+    if (bytes === 0 || bytes > limits.maxStopStringBytes) {
+      throw new InvalidRequestError(`stop[${i}] has ${bytes} bytes, allowed are 1 to ${limits.maxStopStringBytes}`, `stop[${i}]`);
     }
     return text;
   });
+  const logitBias = atMost('logit_bias', wire.logitBias, limits.maxLogitBiases).map(({ token, bias }, i) => ({
+    token,
+    bias: inRange(`logit_bias[${i}].bias`, bias, -100, 100),
+  }));
+  const penalties = toPenalties(wire);
   if (beams) {
-    if (n > 1) throw new InvalidRequestError(`n is ${n}: beam search gives its beams, set n to 1`);
-    if (stopStrings.length > 0) throw new InvalidRequestError('stop: beam search has no stop strings, use sampling or end_tokens');
-    if (wire.logprobs !== undefined) throw new InvalidRequestError('logprobs: not given by beam search, use sampling');
+    if (n > 1) throw new InvalidRequestError(`n is ${n}: beam search gives its beams, set n to 1`, 'n');
+    if (stopStrings.length > 0) throw new InvalidRequestError('stop: beam search has no stop strings, use sampling or end_tokens', 'stop');
+    if (wire.logprobs !== undefined) throw new InvalidRequestError('logprobs: not given by beam search, use sampling', 'logprobs');
+    if (logitBias.length > 0)
+      throw new InvalidRequestError('logit_bias: beam search takes none, use sampling or banned_tokens', 'logit_bias');
+    if (penalties !== NO_PENALTIES)
+      throw new InvalidRequestError('penalties: beam search takes none, use sampling or no_repeat_ngram_size', 'penalties');
   }
   const limited = wire.maxNewTokens > 0 || wire.maxRowTokens > 0;
   return {
-    prompt: toPrompt(wire),
+    prompt: toPrompt(wire, limits),
     mode: toMode(wire.mode, 'fill-blanks'),
-    maxNewTokens: limited ? zeroIsNull(wire.maxNewTokens) : DEFAULT_NEW_TOKENS,
+    maxNewTokens: limited ? newTokens(wire.maxNewTokens, limits) : Math.min(DEFAULT_NEW_TOKENS, limits.maxNewTokens || Infinity),
     maxRowTokens: zeroIsNull(wire.maxRowTokens),
     minNewTokens: wire.minNewTokens,
     sampling: {
@@ -67,21 +72,23 @@ export function toGenerationRequest(wire: GenerateRequest__Output): GenerationRe
     beams,
     n,
     seed: wire.seed === undefined ? DEFAULT_SEED : BigInt(wire.seed),
-    endTokens: wire.endTokens ? atMost('end_tokens', wire.endTokens.ids, REQUEST_LIMITS.endTokens) : null,
-    bannedTokens: atMost('banned_tokens', wire.bannedTokens, REQUEST_LIMITS.bannedTokens),
+    endTokens: wire.endTokens ? atMost('end_tokens', wire.endTokens.ids, limits.maxEndTokens) : null,
+    bannedTokens: atMost('banned_tokens', wire.bannedTokens, limits.maxBannedTokens),
     stopStrings,
-    topLogprobs: wire.logprobs === undefined ? null : inRange('logprobs', wire.logprobs, 0, REQUEST_LIMITS.logprobs),
+    logitBias,
+    penalties,
+    topLogprobs: wire.logprobs === undefined ? null : inRange('logprobs', wire.logprobs, 0, limits.maxLogprobs),
   };
 }
 
 /** @throws InvalidRequestError */
-export function toScoreRequest(wire: ScoreRequest__Output): ScoreRequest {
-  if (wire.choices.length === 0) throw new InvalidRequestError('choices is empty: give at least one continuation');
+export function toScoreRequest(wire: ScoreRequest__Output, limits: Limits): ScoreRequest {
+  if (wire.choices.length === 0) throw new InvalidRequestError('choices is empty: give at least one continuation', 'choices');
   return {
-    prompt: toPrompt(wire),
+    prompt: toPrompt(wire, limits),
     mode: toMode(wire.mode, 'mask'),
     multitaskEncoding: wire.multitaskEncoding,
-    choices: atMost('choices', wire.choices, REQUEST_LIMITS.choices).map((choice, i) => toPrompt(choice, `choices[${i}]`)),
+    choices: atMost('choices', wire.choices, limits.maxChoices).map((choice, i) => toPrompt(choice, limits, `choices[${i}]`)),
   };
 }
 
@@ -96,62 +103,96 @@ export function toLogitsRequest(wire: LogitsRequest__Output): LogitsRequest {
 }
 
 /** @throws InvalidRequestError */
-function checkText(field: string, text: string): string {
+function checkText(field: string, text: string, limits: Limits): string {
   const bytes = Buffer.byteLength(text);
-  if (bytes > REQUEST_LIMITS.textBytes)
-    throw new InvalidRequestError(`${field} has ${bytes} bytes, at most ${REQUEST_LIMITS.textBytes} are taken`);
+  if (bytes > limits.maxTextBytes)
+    throw new InvalidRequestError(`${field} has ${bytes} bytes, at most ${limits.maxTextBytes} are taken`, field);
   return text;
 }
 
 /** @throws InvalidRequestError */
-export function toTokenizeText(wire: TokenizeRequest__Output): string {
+export function toTokenizeText(wire: TokenizeRequest__Output, limits: Limits): string {
   if (wire.asPrompt && wire.noDummyPrefix) {
-    throw new InvalidRequestError('no_dummy_prefix: the pieces of a prompt always have their prefix, leave out as_prompt');
+    throw new InvalidRequestError(
+      'no_dummy_prefix: the pieces of a prompt always have their prefix, leave out as_prompt',
+      'no_dummy_prefix',
+    );
   }
-  return checkText('text', wire.text);
+  return checkText('text', wire.text, limits);
 }
 
 /** @throws InvalidRequestError */
-export function toDetokenizeIds(wire: DetokenizeRequest__Output): number[] {
-  return atMost('ids', wire.ids, REQUEST_LIMITS.detokenizedIds);
+export function toDetokenizeIds(wire: DetokenizeRequest__Output, limits: Limits): number[] {
+  return atMost('ids', wire.ids, limits.maxDetokenizedIds);
 }
 
-function toPrompt(wire: { readonly text?: string; readonly ids?: TokenIds__Output | null }, field = 'prompt'): Prompt {
+/** @throws InvalidRequestError, ForbiddenError */
+export function toCallContext(wire: RequestOptions__Output | null, caller: Caller): CallContext {
+  const requestId = wire?.requestId ?? '';
+  if (!/^[A-Za-z0-9._:-]{0,128}$/.test(requestId)) {
+    throw new InvalidRequestError('options.request_id: up to 128 of the characters A-Z a-z 0-9 . _ : - are taken', 'options.request_id');
+  }
+  const priority = inRange('options.priority', wire?.priority ?? 0, -MAX_PRIORITY, MAX_PRIORITY);
+  if (priority > caller.maxPriority) {
+    throw new ForbiddenError(`options.priority is ${priority}, key ${caller.name} allows up to ${caller.maxPriority}`);
+  }
+  return { caller, requestId: requestId === '' ? null : requestId, priority, timeoutMs: zeroIsNull(wire?.timeoutMs ?? 0) };
+}
+
+function toPenalties(wire: GenerateRequest__Output): Penalties {
+  const presence = inRange('presence_penalty', wire.presencePenalty, -2, 2);
+  const frequency = inRange('frequency_penalty', wire.frequencyPenalty, -2, 2);
+  const repetition = wire.repetitionPenalty ?? 1;
+  if (!(repetition > 0 && repetition <= 10)) {
+    throw new InvalidRequestError(`repetition_penalty is ${repetition}, allowed are numbers above 0 up to 10`, 'repetition_penalty');
+  }
+  return presence === 0 && frequency === 0 && repetition === 1 ? NO_PENALTIES : { presence, frequency, repetition };
+}
+
+function newTokens(asked: number, limits: Limits): number | null {
+  if (limits.maxNewTokens > 0 && asked > limits.maxNewTokens) {
+    throw new InvalidRequestError(`max_new_tokens is ${asked}, this server allows ${limits.maxNewTokens}`, 'max_new_tokens');
+  }
+  return asked > 0 ? asked : zeroIsNull(limits.maxNewTokens);
+}
+
+function toPrompt(wire: { readonly text?: string; readonly ids?: TokenIds__Output | null }, limits: Limits, field = 'prompt'): Prompt {
   if (wire.ids) return { kind: 'ids', ids: wire.ids.ids };
-  if (wire.text === undefined) throw new InvalidRequestError(`${field} is missing: give text or ids`);
-  return { kind: 'text', text: checkText(`${field}.text`, wire.text) };
+  if (wire.text === undefined) throw new InvalidRequestError(`${field} is missing: give text or ids`, field);
+  return { kind: 'text', text: checkText(`${field}.text`, wire.text, limits) };
 }
 
 function toMode(wire: string, unspecified: Mode): Mode {
   if (wire === 'MODE_UNSPECIFIED') return unspecified;
   const mode = MODES[wire];
-  if (!mode) throw new InvalidRequestError(`mode ${wire} is unknown, allowed are ${Object.keys(MODES).join(', ')}`);
+  if (!mode) throw new InvalidRequestError(`mode ${wire} is unknown, allowed are ${Object.keys(MODES).join(', ')}`, 'mode');
   return mode;
 }
 
-function toBeams(wire: BeamSearch__Output): BeamParams {
-  const prefixes = atMost('beam_search.banned_prefixes', wire.bannedPrefixes, REQUEST_LIMITS.bannedPrefixes);
+function toBeams(wire: BeamSearch__Output, limits: Limits): BeamParams {
+  const prefixes = atMost('beam_search.banned_prefixes', wire.bannedPrefixes, limits.maxBannedPrefixes);
   return {
-    numBeams: inRange('beam_search.num_beams', wire.numBeams, 1, REQUEST_LIMITS.beams),
+    numBeams: inRange('beam_search.num_beams', wire.numBeams, 1, limits.maxBeams),
     lengthPenalty: inRange('beam_search.length_penalty', wire.lengthPenalty, -100, 100),
     noRepeatNgramSize: wire.noRepeatNgramSize,
     deterministic: wire.deterministic,
     considerEnd: wire.considerEnd ?? true,
     ...(wire.paddedLength > 0 ? { paddedLength: wire.paddedLength } : {}),
     bannedPrefixes: prefixes.map(({ ids }, i) => {
-      if (ids.length === 0) throw new InvalidRequestError(`beam_search.banned_prefixes[${i}] is empty`);
-      return atMost(`beam_search.banned_prefixes[${i}]`, ids, REQUEST_LIMITS.bannedPrefixTokens);
+      if (ids.length === 0)
+        throw new InvalidRequestError(`beam_search.banned_prefixes[${i}] is empty`, `beam_search.banned_prefixes[${i}]`);
+      return atMost(`beam_search.banned_prefixes[${i}]`, ids, limits.maxBannedPrefixTokens);
     }),
   };
 }
 
 function inRange(field: string, value: number, low: number, high: number): number {
-  if (!(value >= low && value <= high)) throw new InvalidRequestError(`${field} is ${value}, allowed are ${low} to ${high}`);
+  if (!(value >= low && value <= high)) throw new InvalidRequestError(`${field} is ${value}, allowed are ${low} to ${high}`, field);
   return value;
 }
 
 function atMost<T>(field: string, values: T[], most: number): T[] {
-  if (values.length > most) throw new InvalidRequestError(`${field} has ${values.length} entries, at most ${most} are taken`);
+  if (values.length > most) throw new InvalidRequestError(`${field} has ${values.length} entries, at most ${most} are taken`, field);
   return values;
 }
 

@@ -146,7 +146,7 @@ function bestCandidates(beams: readonly Beam[], results: readonly ExtendResult[]
   const candidates = results.flatMap((result, beam) => {
     if (result.kind !== 'candidates') throw new Error(`an Extend that wanted candidates gave ${result.kind}`);
     const previous = beams[beam]!.total;
-    return result.tokens.map((token, i) => {
+    return Array.from(result.tokens, (token, i) => {
       const total = Math.fround(previous + result.logprobs[i]!);
       return { beam, token, total, key: search.params.deterministic ? total : previous + result.keys[i]! };
     });

@@ -4,6 +4,7 @@ import { Answer } from './answer.js';
 import { beamSearch, type BeamSearchResult, type Hypothesis } from './beam-search.js';
 import { type BlankContext, blankContext, sharedPrefill } from './blank-context.js';
 import { BlankText, type FinalPart } from './blank-text.js';
+import { LogitChanges } from './logit-changes.js';
 import { parallel } from './parallel.js';
 import type { Beam, Blank, FinishReason, GenerationDelta, GenerationOutput, GenerationRequest, GenerationResult } from './request.js';
 import { roomFor, rowLimit, type RowLimit } from './row-limit.js';
@@ -47,6 +48,11 @@ export function contextOf(request: GenerationRequest, model: PromptModel): Conte
   const { vocabSize } = model.config;
   checkIds(request.endTokens ?? [], 'end token', model);
   checkIds(request.bannedTokens, 'banned token', model);
+  checkIds(
+    request.logitBias.map(({ token }) => token),
+    'logit bias',
+    model,
+  );
   for (const prefix of request.beams?.bannedPrefixes ?? []) checkIds(prefix, 'banned prefix', model);
   const longestPadded = Math.ceil(model.config.maxSequenceLength / PADDING_MULTIPLE) * PADDING_MULTIPLE;
   if ((request.beams?.paddedLength ?? 0) > longestPadded) {
@@ -103,6 +109,7 @@ function* sampleAll(job: Job): Strategy<FilledOutput[]> {
 /** One sample through all blanks. @param prefilled holds the first blank's context but for its last token */
 function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strategy<FilledOutput> {
   const answer = new Answer(job.context, job.model);
+  const logitChanges = new LogitChanges(job.request, job.context.row);
   let row = job.context.row;
   let draws = 0;
   while (hasNextBlank(row, answer.blanks.length, job)) {
@@ -112,6 +119,7 @@ function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strat
       sample,
       blank: answer.blanks.length,
       draws,
+      logitChanges,
       sequence: cached > 0 ? prefilled : null,
       cached,
     });
@@ -125,7 +133,7 @@ function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strat
 function* sampleBlank(
   job: Job,
   context: BlankContext,
-  at: { sample: number; blank: number; draws: number; sequence: Sequence | null; cached: number },
+  at: { sample: number; blank: number; draws: number; logitChanges: LogitChanges; sequence: Sequence | null; cached: number },
 ): Strategy<SpanResult> {
   const { request, model, sequences } = job;
   const maxNewTokens = roomFor(context.tokens.length, job.limit, request.maxNewTokens);
@@ -133,6 +141,7 @@ function* sampleBlank(
   return yield* sampleSpan(sequences, at.sequence ?? sequences.create(), at.cached, {
     context,
     sampling: request.sampling,
+    logitChanges: at.logitChanges,
     endTokens: endTokensOf(job),
     bannedTokens: request.bannedTokens,
     minNewTokens: request.minNewTokens,

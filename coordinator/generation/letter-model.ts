@@ -1,6 +1,6 @@
 import type { PromptModel } from '../../model/tokenizer/prompt.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import type { GenerationRequest } from './request.js';
+import { type GenerationRequest, NO_PENALTIES } from './request.js';
 
 /** For tests: a vocabulary of 20 in which 0..9 are the letters a..j, then the special tokens, 18 and 19 are padding. */
 export const LETTERS = { vocabSize: 20, mask: 10, gmask: 11, smask: 12, sop: 13, eop: 14, eos: 15 } as const;
@@ -40,6 +40,8 @@ export function requestOf(text: string, changes: Partial<GenerationRequest> = {}
     endTokens: null,
     bannedTokens: [],
     stopStrings: [],
+    logitBias: [],
+    penalties: NO_PENALTIES,
     topLogprobs: null,
     ...changes,
   };

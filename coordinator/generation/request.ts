@@ -26,9 +26,22 @@ export interface GenerationRequest {
   readonly bannedTokens: readonly number[];
   /** Generation of a blank ends where one of these appears in its text; the text is cut before it. Not with beams. */
   readonly stopStrings: readonly string[];
+  /** Changes of the logits before temperature. Not with beams. */
+  readonly logitBias: readonly { readonly token: number; readonly bias: number }[];
+  readonly penalties: Penalties;
   /** Null: no log-probabilities; k: those of the sampled tokens and of the k best of each step. Not with beams. */
   readonly topLogprobs: number | null;
 }
+
+/** Of tokens that are there already. OpenAI's: logit - presence - frequency * count in this output; CTRL's: StepSampling in strategy.ts. */
+export interface Penalties {
+  readonly presence: number;
+  readonly frequency: number;
+  /** Counts the prompt, too; 1: off. */
+  readonly repetition: number;
+}
+
+export const NO_PENALTIES: Penalties = { presence: 0, frequency: 0, repetition: 1 };
 
 /** Section 5 of the model spec. */
 export interface BeamParams {

@@ -1,12 +1,15 @@
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import { type BlankContext, prefill } from './blank-context.js';
 import { BlankText, type FinalPart } from './blank-text.js';
+import type { LogitChanges } from './logit-changes.js';
 import type { FinishReason, TokenLogprob } from './request.js';
-import type { Sequence, Sequences, StepSampling, Strategy, Want } from './strategy.js';
+import type { ExtendResult, Sequence, Sequences, StepSampling, Strategy, Want } from './strategy.js';
 
 export interface Span {
   readonly context: BlankContext;
-  readonly sampling: Omit<StepSampling, 'bannedTokens'>;
+  readonly sampling: Pick<StepSampling, 'temperature' | 'topK' | 'topP'>;
+  /** Of this output, blanks before this one included; drawn tokens are told to it. */
+  readonly logitChanges: LogitChanges;
   readonly endTokens: readonly number[];
   readonly bannedTokens: readonly number[];
   /** End tokens are banned for that many tokens. */
@@ -48,6 +51,7 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
     const [result] = yield [op];
     if (result?.kind !== 'sample') throw new Error(`an Extend that wanted a sample gave ${result?.kind ?? 'nothing'}`);
     draws += 1;
+    span.logitChanges.count(result.token);
     if (span.endTokens.includes(result.token)) {
       finish = 'end';
       break;
@@ -74,16 +78,11 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
 function wantSample(span: Span, draw: number): Want {
   const bannedTokens = draw < span.minNewTokens ? [...span.bannedTokens, ...span.endTokens] : span.bannedTokens;
   const noise = { seed: span.seed, stream: span.stream, position: span.firstDraw + draw };
-  return { kind: 'sample', params: { ...span.sampling, bannedTokens }, noise, topLogprobs: span.topLogprobs };
+  return { kind: 'sample', params: { ...span.sampling, ...span.logitChanges.now(), bannedTokens }, noise, topLogprobs: span.topLogprobs };
 }
 
-function tokenLogprob(result: {
-  token: number;
-  logprob: number;
-  topTokens: readonly number[];
-  topLogprobs: readonly number[];
-}): TokenLogprob {
-  const top = result.topTokens.map((token, i) => ({ token, logprob: result.topLogprobs[i]! }));
+function tokenLogprob(result: Extract<ExtendResult, { kind: 'sample' }>): TokenLogprob {
+  const top = Array.from(result.topTokens, (token, i) => ({ token, logprob: result.topLogprobs[i]! }));
   return { token: result.token, logprob: result.logprob, top };
 }
 

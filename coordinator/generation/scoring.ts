@@ -33,7 +33,8 @@ export function* score(
     choices: choices.map((tokens, i) => {
       const result = results[i];
       if (result?.kind !== 'targets') throw new Error(`an Extend that wanted targets gave ${result?.kind ?? 'nothing'}`);
-      return { tokens, tokenLogprobs: result.logprobs, logprob: result.logprobs.reduce((sum, logprob) => sum + logprob, 0) };
+      const tokenLogprobs = Array.from(result.logprobs);
+      return { tokens, tokenLogprobs, logprob: tokenLogprobs.reduce((sum, logprob) => sum + logprob, 0) };
     }),
   };
 }

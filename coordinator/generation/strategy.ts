@@ -45,6 +45,12 @@ export interface StepSampling {
   readonly topK: number;
   readonly topP: number;
   readonly bannedTokens: readonly number[];
+  /** Added to the logits of `biasTokens`, before the repetition penalty and the temperature. */
+  readonly biasTokens: readonly number[];
+  readonly biases: readonly number[];
+  /** Positive logits of `repeatedTokens` are divided by it, negative ones multiplied (CTRL, section 4.1); 1: off. */
+  readonly repetitionPenalty: number;
+  readonly repeatedTokens: readonly number[];
 }
 
 /** Key of the counter-based noise: equal keys draw alike, whatever else runs. */
@@ -61,15 +67,15 @@ export type ExtendResult =
       readonly token: number;
       /** Of the model's own distribution (temperature 1, nothing banned or cut). */
       readonly logprob: number;
-      readonly topTokens: readonly number[];
-      readonly topLogprobs: readonly number[];
+      readonly topTokens: ArrayLike<number>;
+      readonly topLogprobs: ArrayLike<number>;
     }
   /** Best first by `keys`: the log-probability plus noise, or the log-probability itself. */
   | {
       readonly kind: 'candidates';
-      readonly tokens: readonly number[];
-      readonly logprobs: readonly number[];
-      readonly keys: readonly number[];
+      readonly tokens: ArrayLike<number>;
+      readonly logprobs: ArrayLike<number>;
+      readonly keys: ArrayLike<number>;
     }
-  | { readonly kind: 'targets'; readonly logprobs: readonly number[] }
+  | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
   | { readonly kind: 'logits'; readonly logits: Float32Array };

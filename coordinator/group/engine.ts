@@ -14,6 +14,7 @@ export interface EngineCapacity {
   readonly kvBlocks: number;
   readonly blockSize: number;
   readonly maxBatchTokens: number;
+  readonly numLayers: number;
 }
 
 export interface EngineStep {
@@ -22,19 +23,31 @@ export interface EngineStep {
   readonly extends: readonly EngineExtend[];
 }
 
+/**
+ * A run of tokens through layers [firstLayer, endLayer). A run may be spread over several steps by layers: the same tokens each
+ * time, each step going on at the layer where the one before ended. At most one run is under way like that at a time: the ranks
+ * keep its activations, and drop them when another one is begun at layer 0 and not ended. Until the last layer nothing is
+ * evaluated (the result is of kind `none`).
+ */
 export interface EngineExtend {
-  readonly tokens: readonly number[];
-  readonly positions: readonly number[];
-  readonly blockTable: readonly number[];
+  readonly tokens: ArrayLike<number>;
+  readonly positions: ArrayLike<number>;
+  readonly blockTable: ArrayLike<number>;
   readonly cachedTokens: number;
   readonly bidirectionalTokens: number;
+  readonly firstLayer: number;
+  readonly endLayer: number;
   readonly want: Want;
 }
 
 export interface EngineStepResult {
   readonly results: readonly ExtendResult[];
-  readonly computeMs: number;
-  readonly collectiveMs: number;
+  /** Of each rank: the whole step, and of which in collectives, waiting for the other ranks included. */
+  readonly ranks: readonly { readonly computeMs: number; readonly collectiveMs: number }[];
+  /** Of which on rank 0 sampling and looking at logits. */
+  readonly evaluateMs: number;
+  /** Encoding the step and decoding its results, on the coordinator. */
+  readonly codecMs: number;
 }
 
 /** A rank was lost: the step did not happen and all KV contents are gone. Everything can be run again once `ready()` resolves. */

@@ -20,12 +20,13 @@ export class FakeEngine implements Engine {
       readonly blockSize: number;
       readonly maxBatchTokens: number;
       readonly vocabSize: number;
+      readonly numLayers?: number;
       /** Steps (counted from 1) that end the epoch instead of running. */
       readonly lostSteps?: ReadonlySet<number>;
     },
   ) {
-    const { kvBlocks, blockSize, maxBatchTokens } = options;
-    this.capacity = { kvBlocks, blockSize, maxBatchTokens };
+    const { kvBlocks, blockSize, maxBatchTokens, numLayers = 4 } = options;
+    this.capacity = { kvBlocks, blockSize, maxBatchTokens, numLayers };
     this.tokens = new Uint32Array(kvBlocks * blockSize);
     this.positions = new Uint32Array(kvBlocks * blockSize);
   }
@@ -44,7 +45,12 @@ export class FakeEngine implements Engine {
     this.refuseSharedWrites(step.extends);
     this.copyBlocks(step.blockCopies);
     for (const extend of step.extends) this.write(extend);
-    return { results: step.extends.map((extend) => this.evaluate(extend)), computeMs: 1, collectiveMs: 0 };
+    return {
+      results: step.extends.map((extend) => this.evaluate(extend)),
+      ranks: [{ computeMs: 1, collectiveMs: 0 }],
+      evaluateMs: 0,
+      codecMs: 0,
+    };
   }
 
   async ready(): Promise<void> {}
@@ -54,7 +60,10 @@ export class FakeEngine implements Engine {
     const written = new Set<number>();
     for (const { blockTable, cachedTokens, tokens } of extendsOfStep) {
       const { blockSize } = this.options;
-      for (const block of blockTable.slice(Math.floor(cachedTokens / blockSize), Math.ceil((cachedTokens + tokens.length) / blockSize))) {
+      for (const block of Array.from(blockTable).slice(
+        Math.floor(cachedTokens / blockSize),
+        Math.ceil((cachedTokens + tokens.length) / blockSize),
+      )) {
         if (written.has(block)) throw new Error(`block ${block} is written by two Extends of a step`);
         written.add(block);
       }
@@ -78,7 +87,7 @@ export class FakeEngine implements Engine {
   }
 
   private write(extend: EngineExtend): void {
-    extend.tokens.forEach((token, i) => {
+    Array.from(extend.tokens).forEach((token, i) => {
       const slot = this.slot(extend, extend.cachedTokens + i);
       this.tokens[slot] = token;
       this.positions[slot] = extend.positions[i]!;

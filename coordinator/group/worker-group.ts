@@ -32,6 +32,7 @@ export interface WorkerGroupOptions {
   readonly token: string | null;
   readonly log: Logger;
   readonly vocabSize: number;
+  readonly numLayers: number;
   /** A worker has said who it is and was accepted. */
   readonly onAttached: (rank: number) => void;
   /** The rank has been told to leave: its process should end soon. `isCulprit`: it is what ended the epoch. */
@@ -63,6 +64,7 @@ interface StepUnderWay {
   readonly stepId: number;
   readonly results: (StepResult__Output | null)[];
   readonly wants: EngineStep;
+  readonly encodeMs: number;
   readonly resolve: (result: EngineStepResult) => void;
   readonly reject: (error: Error) => void;
   readonly timer: NodeJS.Timeout;
@@ -97,7 +99,8 @@ export class WorkerGroup implements Engine {
   }
 
   get capacity(): EngineCapacity {
-    return { kvBlocks: this.kvBlocks, blockSize: this.options.kv.blockSize, maxBatchTokens: this.options.maxBatchTokens };
+    const { kv, maxBatchTokens, numLayers } = this.options;
+    return { kvBlocks: this.kvBlocks, blockSize: kv.blockSize, maxBatchTokens, numLayers };
   }
 
   get epoch(): number {
@@ -139,11 +142,13 @@ export class WorkerGroup implements Engine {
     if (this.failure) return Promise.reject(this.failure);
     if (!this.isReady) return Promise.reject(new EpochEndedError('the group is not complete'));
     if (this.underWay) throw new Error('a step is under way');
+    const startMs = performance.now();
     const stepId = this.nextStepId++;
     const message: CoordinatorMessage = { step: encodeStep(stepId, step) };
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => this.endEpoch(this.describeSilence(stepId), this.silentRanks()), this.options.stepTimeoutMs);
-      this.underWay = { stepId, results: this.ranks.map(() => null), wants: step, resolve, reject, timer };
+      const encodeMs = performance.now() - startMs;
+      this.underWay = { stepId, results: this.ranks.map(() => null), wants: step, encodeMs, resolve, reject, timer };
       for (const rank of this.ranks) rank!.link.write(message);
     });
   }
@@ -285,18 +290,26 @@ export class WorkerGroup implements Engine {
     underWay.results[index] = result;
     if (underWay.results.some((each) => each === null)) return;
     const [first] = underWay.results;
+    const startMs = performance.now();
     let results: ExtendResult[] = [];
     try {
-      if (!first!.error) results = decodeResults(first!.results, underWay.wants.extends, this.options.vocabSize);
+      if (!first!.error) results = decodeResults(first!.body, underWay.wants.extends, this.options);
     } catch (error) {
       this.endEpoch(`rank 0: ${(error as Error).message}`, [0]);
       return;
     }
     this.underWay = null;
     clearTimeout(underWay.timer);
-    const longest = (field: 'computeMicros' | 'collectiveMicros') => Math.max(...underWay.results.map((each) => each![field])) / 1000;
-    if (first!.error) underWay.reject(new EngineError(first!.error));
-    else underWay.resolve({ results, computeMs: longest('computeMicros'), collectiveMs: longest('collectiveMicros') });
+    if (first!.error) {
+      underWay.reject(new EngineError(first!.error));
+      return;
+    }
+    underWay.resolve({
+      results,
+      ranks: underWay.results.map((each) => ({ computeMs: each!.computeMicros / 1000, collectiveMs: each!.collectiveMicros / 1000 })),
+      evaluateMs: first!.evaluateMicros / 1000,
+      codecMs: underWay.encodeMs + performance.now() - startMs,
+    });
   }
 
   private silentRanks(): number[] {

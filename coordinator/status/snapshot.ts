@@ -45,7 +45,7 @@ export function statusSnapshot(sources: StatusSources): Status {
       heartbeatAgeSeconds: heartbeatAgeMs / 1000,
       restarts: sources.restarts(rank),
     })),
-    kv: loop.kv,
+    kv: { ...loop.kv, cachedBlocks: 0, freeBlocks: loop.kv.totalBlocks - loop.kv.usedBlocks },
     requests: { running: loop.running, queued: loop.queued, finished: loop.finished, failed: loop.failed, cancelled: loop.cancelled },
     totals: {
       steps: loop.steps,

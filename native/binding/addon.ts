@@ -93,6 +93,12 @@ export interface NativeExtend {
   readonly cachedTokens: number;
   /** Token i of the run sees all cached tokens and run tokens j with j <= i or j < bidirectionalTokens. */
   readonly bidirectionalTokens: number;
+  /**
+   * Layers [firstLayer, endLayer) are run. A run may be spread over several steps: the same tokens in each, going on at the layer where the
+   * one before ended; one run at a time, whose activations the engine keeps. Nothing is evaluated before the last layer.
+   */
+  readonly firstLayer: number;
+  readonly endLayer: number;
   readonly want: NativeWant;
 }
 
@@ -118,6 +124,12 @@ export interface NativeSamplingParams {
   readonly topK: number;
   readonly topP: number;
   readonly bannedTokens: Uint32Array;
+  /** Added to the logits of `biasTokens`, before the repetition penalty and the temperature. */
+  readonly biasTokens: Uint32Array;
+  readonly biases: Float32Array;
+  /** Positive logits of `repeatedTokens` are divided by it, negative ones multiplied; 1: off. */
+  readonly repetitionPenalty: number;
+  readonly repeatedTokens: Uint32Array;
 }
 
 /** Key of the counter-based generator: the same key gives the same noise, whatever else runs. */
@@ -136,6 +148,8 @@ export interface NativeStepResult {
   readonly computeMicros: number;
   /** Of which in collectives, waiting included. */
   readonly collectiveMicros: number;
+  /** Of which sampling and looking at logits; rank 0. */
+  readonly evaluateMicros: number;
 }
 
 export type NativeExtendResult =

@@ -1,0 +1,348 @@
+/**
+ * The bodies of Step and StepResult messages between coordinator and workers: 32-bit little-endian words in the order that
+ * the functions below write and read them. Steps are many and small, and a protobuf message for each Extend costs more
+ * than scheduling does; both ends are of the same version, which the Hello checks.
+ */
+import { EngineError } from './errors.js';
+
+export interface StepBody {
+  /** (from, to) pairs of KV blocks. */
+  readonly blockCopies: ArrayLike<number>;
+  readonly extends: readonly StepExtend[];
+}
+
+export interface StepExtend {
+  readonly tokens: ArrayLike<number>;
+  readonly positions: ArrayLike<number>;
+  readonly blockTable: ArrayLike<number>;
+  readonly cachedTokens: number;
+  readonly bidirectionalTokens: number;
+  /** Layers [firstLayer, endLayer) are run: a long run may be spread over several steps. All layers: 0 and the model's number of layers. */
+  readonly firstLayer: number;
+  readonly endLayer: number;
+  readonly want: StepWant;
+}
+
+export type StepWant =
+  | { readonly kind: 'none' }
+  | { readonly kind: 'sample'; readonly params: StepSamplingParams; readonly noise: StepNoise; readonly topLogprobs: number }
+  | { readonly kind: 'candidates'; readonly count: number; readonly bannedTokens: ArrayLike<number>; readonly noise: StepNoise | null }
+  | { readonly kind: 'targets'; readonly tokens: ArrayLike<number> }
+  | { readonly kind: 'logits'; readonly rows: number };
+
+export interface StepSamplingParams {
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+  readonly bannedTokens: ArrayLike<number>;
+  /** Added to the logits of `biasTokens`, before the repetition penalty and the temperature. */
+  readonly biasTokens: ArrayLike<number>;
+  readonly biases: ArrayLike<number>;
+  /** Positive logits of `repeatedTokens` are divided by it, negative ones multiplied (CTRL); 1: off. */
+  readonly repetitionPenalty: number;
+  readonly repeatedTokens: ArrayLike<number>;
+}
+
+export interface StepNoise {
+  readonly seed: bigint;
+  readonly stream: number;
+  readonly position: number;
+}
+
+export type StepExtendResult =
+  | { readonly kind: 'none' }
+  | {
+      readonly kind: 'sample';
+      readonly token: number;
+      readonly logprob: number;
+      readonly topTokens: ArrayLike<number>;
+      readonly topLogprobs: ArrayLike<number>;
+    }
+  | {
+      readonly kind: 'candidates';
+      readonly tokens: ArrayLike<number>;
+      readonly logprobs: ArrayLike<number>;
+      readonly keys: ArrayLike<number>;
+    }
+  | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
+  | { readonly kind: 'logits'; readonly logits: Float32Array };
+
+const KINDS = ['none', 'sample', 'candidates', 'targets', 'logits'] as const;
+/** Offset of the kind in {@link KINDS}, as its word. */
+const KIND = { none: 0, sample: 1, candidates: 2, targets: 3, logits: 4 } as const;
+
+export function encodeStepBody({ blockCopies, extends: all }: StepBody): Uint8Array {
+  const out = new Writer();
+  out.words(blockCopies);
+  out.word(all.length);
+  for (const extend of all) {
+    out.word(extend.cachedTokens);
+    out.word(extend.bidirectionalTokens);
+    out.word(extend.firstLayer);
+    out.word(extend.endLayer);
+    out.words(extend.tokens);
+    out.words(extend.positions);
+    out.words(extend.blockTable);
+    writeWant(out, extend.want);
+  }
+  return out.finish();
+}
+
+/** @throws EngineError the body is damaged; what the values mean is checked by the engine */
+export function decodeStepBody(bytes: Uint8Array) {
+  const from = new Reader(bytes, 'step');
+  const blockCopies = from.words();
+  const body = {
+    blockCopies,
+    extends: Array.from({ length: from.count() }, () => ({
+      cachedTokens: from.word(),
+      bidirectionalTokens: from.word(),
+      firstLayer: from.word(),
+      endLayer: from.word(),
+      tokens: from.words(),
+      positions: from.words(),
+      blockTable: from.words(),
+      want: readWant(from),
+    })),
+  };
+  from.end();
+  return body;
+}
+
+export function encodeResultBody(results: readonly StepExtendResult[]): Uint8Array {
+  const out = new Writer();
+  out.word(results.length);
+  for (const result of results) {
+    out.word(KIND[result.kind]);
+    switch (result.kind) {
+      case 'none':
+        break;
+      case 'sample':
+        out.word(result.token);
+        out.float(result.logprob);
+        out.words(result.topTokens);
+        out.floats(result.topLogprobs);
+        break;
+      case 'candidates':
+        out.words(result.tokens);
+        out.floats(result.logprobs);
+        out.floats(result.keys);
+        break;
+      case 'targets':
+        out.floats(result.logprobs);
+        break;
+      case 'logits':
+        out.floats(result.logits);
+        break;
+    }
+  }
+  return out.finish();
+}
+
+/** @throws EngineError the body is damaged; whether the results are what was asked for is for the caller to check */
+export function decodeResultBody(bytes: Uint8Array) {
+  const from = new Reader(bytes, 'result');
+  const results = Array.from({ length: from.count() }, () => readResult(from));
+  from.end();
+  return results;
+}
+
+function readResult(from: Reader) {
+  switch (from.kind()) {
+    case 'none':
+      return { kind: 'none' as const };
+    case 'sample':
+      return { kind: 'sample' as const, token: from.word(), logprob: from.float(), topTokens: from.words(), topLogprobs: from.floats() };
+    case 'candidates':
+      return { kind: 'candidates' as const, tokens: from.words(), logprobs: from.floats(), keys: from.floats() };
+    case 'targets':
+      return { kind: 'targets' as const, logprobs: from.floats() };
+    case 'logits':
+      return { kind: 'logits' as const, logits: from.floats() };
+  }
+}
+
+function writeWant(out: Writer, want: StepWant): void {
+  out.word(KIND[want.kind]);
+  switch (want.kind) {
+    case 'none':
+      break;
+    case 'sample': {
+      const { params } = want;
+      out.float(params.temperature);
+      out.word(params.topK);
+      out.float(params.topP);
+      out.words(params.bannedTokens);
+      out.words(params.biasTokens);
+      out.floats(params.biases);
+      out.float(params.repetitionPenalty);
+      out.words(params.repeatedTokens);
+      writeNoise(out, want.noise);
+      out.word(want.topLogprobs);
+      break;
+    }
+    case 'candidates':
+      out.word(want.count);
+      out.words(want.bannedTokens);
+      out.word(want.noise ? 1 : 0);
+      if (want.noise) writeNoise(out, want.noise);
+      break;
+    case 'targets':
+      out.words(want.tokens);
+      break;
+    case 'logits':
+      out.word(want.rows);
+      break;
+  }
+}
+
+function readWant(from: Reader) {
+  switch (from.kind()) {
+    case 'none':
+      return { kind: 'none' as const };
+    case 'sample':
+      return {
+        kind: 'sample' as const,
+        params: {
+          temperature: from.float(),
+          topK: from.word(),
+          topP: from.float(),
+          bannedTokens: from.words(),
+          biasTokens: from.words(),
+          biases: from.floats(),
+          repetitionPenalty: from.float(),
+          repeatedTokens: from.words(),
+        },
+        noise: readNoise(from),
+        topLogprobs: from.word(),
+      };
+    case 'candidates':
+      return {
+        kind: 'candidates' as const,
+        count: from.word(),
+        bannedTokens: from.words(),
+        noise: from.word() === 0 ? null : readNoise(from),
+      };
+    case 'targets':
+      return { kind: 'targets' as const, tokens: from.words() };
+    case 'logits':
+      return { kind: 'logits' as const, rows: from.word() };
+  }
+}
+
+function writeNoise(out: Writer, { seed, stream, position }: StepNoise): void {
+  out.word(Number(seed & 0xffffffffn));
+  out.word(Number(seed >> 32n));
+  out.word(stream);
+  out.word(position);
+}
+
+function readNoise(from: Reader): StepNoise {
+  const low = BigInt(from.word());
+  return { seed: (BigInt(from.word()) << 32n) | low, stream: from.word(), position: from.word() };
+}
+
+if (new Uint8Array(Uint32Array.of(1).buffer)[0] !== 1)
+  throw new EngineError('this machine is big-endian; steps are sent as little-endian words');
+
+/** Words one after another; an array is its length and its elements. */
+class Writer {
+  private buffer = new Uint32Array(1024);
+  private asFloats = new Float32Array(this.buffer.buffer);
+  private at = 0;
+
+  word(value: number): void {
+    if (this.at === this.buffer.length) this.grow(1);
+    this.buffer[this.at++] = value;
+  }
+
+  float(value: number): void {
+    if (this.at === this.buffer.length) this.grow(1);
+    this.asFloats[this.at++] = value;
+  }
+
+  words(values: ArrayLike<number>): void {
+    this.word(values.length);
+    if (this.at + values.length > this.buffer.length) this.grow(values.length);
+    this.buffer.set(values, this.at);
+    this.at += values.length;
+  }
+
+  floats(values: ArrayLike<number>): void {
+    this.word(values.length);
+    if (this.at + values.length > this.buffer.length) this.grow(values.length);
+    this.asFloats.set(values, this.at);
+    this.at += values.length;
+  }
+
+  finish(): Uint8Array {
+    return new Uint8Array(this.buffer.buffer, 0, this.at * 4);
+  }
+
+  private grow(words: number): void {
+    const larger = new Uint32Array(Math.max(this.buffer.length * 2, this.at + words));
+    larger.set(this.buffer);
+    this.buffer = larger;
+    this.asFloats = new Float32Array(larger.buffer);
+  }
+}
+
+class Reader {
+  private readonly buffer: Uint32Array;
+  private readonly asFloats: Float32Array;
+  private at = 0;
+
+  constructor(
+    bytes: Uint8Array,
+    private readonly what: string,
+  ) {
+    if (bytes.byteLength % 4 !== 0) throw new EngineError(`a ${what} body of ${bytes.byteLength} bytes, which are no whole words`);
+    // A message's bytes lie anywhere in a larger buffer, words have to be aligned.
+    const aligned = bytes.byteOffset % 4 === 0 ? bytes : Uint8Array.from(bytes);
+    this.buffer = new Uint32Array(aligned.buffer, aligned.byteOffset, aligned.byteLength / 4);
+    this.asFloats = new Float32Array(this.buffer.buffer, this.buffer.byteOffset, this.buffer.length);
+  }
+
+  word(): number {
+    if (this.at >= this.buffer.length) this.tooShort();
+    return this.buffer[this.at++]!;
+  }
+
+  float(): number {
+    if (this.at >= this.buffer.length) this.tooShort();
+    return this.asFloats[this.at++]!;
+  }
+
+  /** A number of things, each of at least one word. */
+  count(): number {
+    const count = this.word();
+    if (count > this.buffer.length - this.at) this.tooShort();
+    return count;
+  }
+
+  words(): Uint32Array {
+    const length = this.count();
+    this.at += length;
+    return this.buffer.subarray(this.at - length, this.at);
+  }
+
+  floats(): Float32Array {
+    const length = this.count();
+    this.at += length;
+    return this.asFloats.subarray(this.at - length, this.at);
+  }
+
+  kind(): (typeof KINDS)[number] {
+    const kind = KINDS[this.word()];
+    if (kind === undefined) throw new EngineError(`a ${this.what} body with an unknown kind in word ${this.at - 1}`);
+    return kind;
+  }
+
+  end(): void {
+    if (this.at !== this.buffer.length) throw new EngineError(`a ${this.what} body with ${this.buffer.length - this.at} words left over`);
+  }
+
+  private tooShort(): never {
+    throw new EngineError(`a ${this.what} body of ${this.buffer.length} words ends too early`);
+  }
+}
