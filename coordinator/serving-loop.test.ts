@@ -95,7 +95,7 @@ async function alone(shape: Shape, seed: number): Promise<number[][]> {
 }
 
 const shape = fc.record({
-  prompt: fc.integer({ min: 1, max: 45 }),
+  prompt: fc.constantFrom(1, 5, 18, 24, 33, 45),
   newTokens: fc.integer({ min: 1, max: 12 }),
   samples: fc.integer({ min: 1, max: 4 }),
 });

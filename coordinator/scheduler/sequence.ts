@@ -31,21 +31,25 @@ export interface Run {
 }
 
 export function createSequence(id: number): SequenceState {
-  const tokens: number[] = [];
-  return {
-    id,
-    tokens,
-    positions: [],
-    bidirectionalTokens: 0,
-    contextTokens: 0,
-    contextKey: null,
-    blocks: [],
-    cachedTokens: 0,
-    settledTokens: 0,
-    get length() {
-      return tokens.length;
-    },
-  };
+  return new NewSequence(id);
+}
+
+/** A class, because objects of a literal with a getter are slow to read. */
+class NewSequence implements SequenceState {
+  readonly tokens: number[] = [];
+  readonly positions: number[] = [];
+  bidirectionalTokens = 0;
+  contextTokens = 0;
+  contextKey: string | null = null;
+  readonly blocks: number[] = [];
+  cachedTokens = 0;
+  settledTokens = 0;
+
+  constructor(readonly id: number) {}
+
+  get length(): number {
+    return this.tokens.length;
+  }
 }
 
 /** Adds the tokens of an Extend to the history; nothing runs yet. */
