@@ -78,4 +78,6 @@ export type ExtendResult =
       readonly keys: ArrayLike<number>;
     }
   | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
-  | { readonly kind: 'logits'; readonly logits: Float32Array };
+  | { readonly kind: 'logits'; readonly logits: Float32Array }
+  /** What was wanted could not be made (a logit is not a number). No other Extend is touched by it. */
+  | { readonly kind: 'error'; readonly message: string };
