@@ -15,8 +15,10 @@ import { WorkerGroup } from './group/worker-group.js';
 import { checkListen, listen } from './listen.js';
 import { createWorkerSocketPath } from './runtime-dir.js';
 import { DEFAULT_LIMITS } from './limits.js';
-import { ServingLoop } from './serving-loop.js';
+import { ServingLoop, type LoopSnapshot } from './serving-loop.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
+import { EMPTY_LOOP } from './status/loop-snapshot.js';
+import { ServingStats } from './status/serving-stats.js';
 import { statusSnapshot } from './status/snapshot.js';
 
 export interface ServeOptions {
@@ -128,6 +130,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
     loop = new ServingLoop(group, { maxBatchTokens: maxRunTokens + MAX_EXTENDS, maxExtends: MAX_EXTENDS, maxQueued: MAX_QUEUED }, log);
     const running = loop;
+    const stats = new ServingStats();
     const service = new ServingService({
       config,
       modelName: 'glm',
@@ -143,9 +146,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
       status: () =>
         statusSnapshot({
           state: closing ? 'stopping' : group.failureReason !== null ? 'failed' : group.isReady ? 'ready' : 'recovering',
+          reason: group.failureReason ?? '',
           uptimeSeconds: (performance.now() - startMs) / 1000,
           epoch: group.epoch,
           model: {
+            name: 'glm',
             path: store.dir,
             config,
             weights: store.quantization ? `INT${store.quantization.bits}` : 'FP16',
@@ -154,7 +159,9 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
           threads: options.threads,
           ranks: group.snapshot(),
           restarts: (rank) => supervisor?.restarts(rank) ?? 0,
-          loop: running.snapshot(),
+          loop: adaptSnapshot(running.snapshot()),
+          stats: stats.snapshot(),
+          events: [],
         }),
     });
     const address = await listen(publicServer, options.listen);
@@ -167,6 +174,18 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     await close();
     throw error;
   }
+}
+
+/** TODO: goes when the loop gives this type itself. */
+function adaptSnapshot({ computeMs, collectiveMs, kv, ...loop }: LoopSnapshot) {
+  const { blockSize, totalBlocks, usedBlocks, peakUsedBlocks } = kv;
+  return {
+    ...EMPTY_LOOP,
+    ...loop,
+    stepSeconds: computeMs / 1000,
+    collectiveSeconds: collectiveMs / 1000,
+    kv: { blockSize, totalBlocks, usedBlocks, cachedBlocks: 0, freeBlocks: totalBlocks - usedBlocks, peakUsedBlocks },
+  };
 }
 
 /** @throws ConfigError */
