@@ -37,13 +37,13 @@ export function topView(state: TopState): TopView {
   const blocks = {
     latencyAndStep: columns >= 90 ? beside(latencyBlock(status), stepBlock(status), SIDE_BY_SIDE_GAP) : latencyBlock(status),
     kv: kvBlock(status, columns),
-    ranks: ranksBlock(status),
+    ranks: ranksBlock(status, columns),
   };
   const footer: Line = [piece('q', 'bold'), piece(' quit   '), piece('↑ ↓ PgUp PgDn', 'bold'), piece(' scroll the requests')];
   const lines = [...header(state), BLANK, ...totals(status)];
   if (rows === null) {
     for (const block of Object.values(blocks)) lines.push(BLANK, ...block);
-    const requests = requestsBlock(status, 0, Infinity);
+    const requests = requestsBlock(state, Infinity);
     const events = eventLines(status.events, Infinity);
     lines.push(BLANK, ...requests.lines, ...(events.length > 0 ? [BLANK, ...events] : []));
     return { ...requests, lines };
@@ -56,11 +56,10 @@ export function topView(state: TopState): TopView {
     return true;
   };
   const shown = Object.values(blocks).filter(fits);
-  const requestLines = LEAST_REQUEST_LINES - 1 + status.active.length;
-  const eventRoom = Math.max(left - Math.max(requestLines - LEAST_REQUEST_LINES, Math.ceil(left / 2)), left - requestLines);
-  const events = eventLines(status.events, Math.min(MOST_EVENTS, eventRoom - 2));
+  const moreRequests = Math.max(0, 2 + status.active.length - LEAST_REQUEST_LINES);
+  const events = eventLines(status.events, Math.min(MOST_EVENTS, Math.max(left - moreRequests, Math.floor(left / 3)) - 1));
   if (events.length > 0) left -= events.length + 1;
-  const requests = requestsBlock(status, state.scroll, LEAST_REQUEST_LINES + Math.max(0, left));
+  const requests = requestsBlock(state, LEAST_REQUEST_LINES + Math.max(0, left));
   for (const block of shown) lines.push(BLANK, ...block);
   lines.push(BLANK, ...requests.lines);
   while (lines.length < rows - 1 - (events.length > 0 ? events.length + 1 : 0)) lines.push(BLANK);
@@ -77,7 +76,7 @@ function header({ status, address, columns, silentMs }: TopState): Line[] {
     piece(`${status.version}  `),
     silentMs === null
       ? piece(`● ${status.state}`, STATE_STYLES[status.state] ?? 'yellow')
-      : piece(`● no answer since ${formatDuration(silentMs / 1000)}`, 'red'),
+      : piece(`● no answer for ${formatDuration(silentMs / 1000)}`, 'red'),
     piece(`  up ${formatDuration(status.uptimeSeconds)}  epoch ${status.epoch}`),
   ];
   const right = [piece(`${address}  ${clock(status.unixSeconds)}`, 'dim')];
@@ -98,6 +97,7 @@ function totals({ rates, requests, totals }: Status__Output): Line[] {
     piece(formatCount(count), count > 0 ? (style ?? 'bold') : undefined),
     piece(` ${what}   `),
   ];
+  const unlessZero = (...args: Parameters<typeof counted>): Piece[] => (args[0] === 0 ? [] : counted(...args));
   return [
     [
       ...[piece('per second  ', 'dim'), ...counted(rates!.generatedTokensPerSecond, 'tokens')],
@@ -109,11 +109,11 @@ function totals({ rates, requests, totals }: Status__Output): Line[] {
       ...[piece('in total    ', 'dim'), ...counted(totals!.generatedTokens, 'tokens')],
       ...counted(totals!.promptTokens, 'prompt tokens'),
       ...counted(requests!.finished, 'finished'),
-      ...counted(requests!.cancelled, 'cancelled'),
-      ...counted(requests!.failed, 'failed', 'red'),
-      ...counted(requests!.expired, 'expired', 'red'),
-      ...counted(requests!.rejected, 'rejected', 'yellow'),
-      ...counted(requests!.preemptions, 'preempted', 'yellow'),
+      ...unlessZero(requests!.cancelled, 'cancelled'),
+      ...unlessZero(requests!.failed, 'failed', 'red'),
+      ...unlessZero(requests!.expired, 'expired', 'red'),
+      ...unlessZero(requests!.rejected, 'rejected', 'yellow'),
+      ...unlessZero(requests!.preemptions, 'preempted', 'yellow'),
     ],
   ];
 }
@@ -151,7 +151,7 @@ function stepBlock({ step }: Status__Output): Line[] {
       piece(`, ${formatCount(batchTokens)} tokens in ${formatCount(batchExtends)} sequences`),
     ],
     ...table(
-      [{ title: '' }, { title: '', side: 'right' }, { title: '', side: 'right' }, { title: '' }],
+      [{ title: '' }, { title: '', side: 'right', minWidth: 7 }, { title: '', side: 'right', minWidth: 5 }, { title: '' }],
       parts.map(([name, ms]) => [
         piece(name),
         piece(formatMs(ms)),
@@ -191,13 +191,14 @@ function kvBlock({ kv, contextCache }: Status__Output, columns: number): Line[] 
   ];
 }
 
-function ranksBlock({ workers }: Status__Output): Line[] {
+function ranksBlock({ workers }: Status__Output, columns: number): Line[] {
+  const hasDevices = columns >= 100;
   const right = (title: string) => ({ title, side: 'right' as const });
   return table(
     [
       { title: 'rank' },
       { title: 'state' },
-      { title: 'device', maxWidth: 32 },
+      ...(hasDevices ? [{ title: 'device', maxWidth: 32 }] : []),
       right('weights'),
       right('KV'),
       right('resident'),
@@ -211,10 +212,10 @@ function ranksBlock({ workers }: Status__Output): Line[] {
       return [
         piece(String(rank)),
         piece(state, state === 'ready' ? 'green' : 'yellow'),
-        piece(state === 'absent' ? '-' : `${device} ${isa} x${threads}`),
+        ...(hasDevices ? [piece(state === 'absent' ? '-' : `${device} ${isa} x${threads}`)] : []),
         ...[worker.weightBytes, worker.kvBytes, worker.rssBytes].map((bytes) => piece(formatBytes(bytes))),
         piece(computeSeconds > 0 ? formatPercent(collectiveSeconds / computeSeconds) : '-'),
-        piece(state === 'absent' ? '-' : formatMs(heartbeatAgeSeconds * 1000), isOld ? 'red' : undefined),
+        piece(state === 'absent' ? '-' : `${heartbeatAgeSeconds.toFixed(1)} s`, isOld ? 'red' : undefined),
         piece(String(restarts), restarts > 0 ? 'yellow' : undefined),
       ];
     }),
@@ -224,13 +225,14 @@ function ranksBlock({ workers }: Status__Output): Line[] {
 const REQUEST_STYLES: Readonly<Record<string, Style>> = { decode: 'green', prefill: 'cyan', preempted: 'yellow', queued: 'dim' };
 
 /** @param mostLines title and header included */
-function requestsBlock({ active, requests }: Status__Output, scroll: number, mostLines: number): TopView {
+function requestsBlock({ status, scroll, columns }: TopState, mostLines: number): TopView {
+  const { active, requests } = status;
   const pageRows = Math.max(1, mostLines - 2);
   const first = Math.max(0, Math.min(scroll, active.length - pageRows));
   const shown = active.slice(first, first + pageRows);
   const hasKeys = active.some(({ key }) => key !== '');
   const hasPriorities = active.some(({ priority }) => priority !== 0);
-  const right = (title: string) => ({ title, side: 'right' as const });
+  const right = (title: string) => ({ title, side: 'right' as const, minWidth: 6 });
   const row = (request: ActiveRequest__Output): Piece[] => [
     piece(request.requestId),
     ...(hasKeys ? [piece(request.key)] : []),
@@ -248,15 +250,15 @@ function requestsBlock({ active, requests }: Status__Output, scroll: number, mos
     piece(isPart && shown.length > 0 ? `   ${first + 1} to ${first + shown.length} of ${all}, oldest first` : '', 'dim'),
   ];
   if (active.length === 0) return { lines: [title], scroll: 0, pageRows };
-  const columns = [
-    { title: 'request', maxWidth: 40 },
+  const columnsShown = [
+    { title: 'request', minWidth: columns >= 100 ? 36 : 12, maxWidth: Math.max(12, Math.min(40, columns - 50)) },
     ...(hasKeys ? [{ title: 'key', maxWidth: 20 }] : []),
-    { title: 'state    ' },
-    ...['prompt', '  new', 'blocks'].map(right),
+    { title: 'state', minWidth: 9 },
+    ...['prompt', 'new', 'blocks'].map(right),
     ...(hasPriorities ? [right('priority')] : []),
-    right('     age'),
+    { ...right('age'), minWidth: 7 },
   ];
-  return { lines: [title, ...table(columns, shown.map(row))], scroll: first, pageRows };
+  return { lines: [title, ...table(columnsShown, shown.map(row))], scroll: first, pageRows };
 }
 
 function eventLines(events: readonly Event__Output[], most: number): Line[] {

@@ -120,7 +120,7 @@ describe('wrong command lines', () => {
     { args: ['generate', '--model', '/no/such/store'], words: ['model store /no/such/store does not exist'] },
   ])('tandem $args', ({ args, words }) => expectRefusal(runCli(args), ...words));
 
-  test.concurrent.each(['', 'serve', 'worker', 'generate', 'import', 'inspect', 'status', 'logits', 'demo'])(
+  test.concurrent.each(['', 'serve', 'worker', 'generate', 'import', 'inspect', 'status', 'top', 'logits', 'demo'])(
     '%s --help',
     async (command) => {
       const help = await expectSuccess(runCli([...(command === '' ? [] : [command]), '--help']));

@@ -34,16 +34,17 @@ export interface Column {
   readonly title: string;
   /** Where the text stands in its column. */
   readonly side?: 'left' | 'right';
-  /** The widest that it gets. */
+  /** So that columns stay where they are while their content changes. */
+  readonly minWidth?: number;
   readonly maxWidth?: number;
 }
 
 const GAP = '  ';
 
-/** A title line and one for each row, in columns as wide as their content. */
+/** A title line and one for each row, in columns as wide as their content within their bounds. */
 export function table(columns: readonly Column[], rows: readonly (readonly Piece[])[]): Line[] {
-  const widths = columns.map(({ title, maxWidth = Infinity }, i) =>
-    Math.min(maxWidth, Math.max(widthOf(title), ...rows.map((row) => widthOf(row[i]!.text)))),
+  const widths = columns.map(({ title, minWidth = 0, maxWidth = Infinity }, i) =>
+    Math.min(maxWidth, Math.max(minWidth, widthOf(title), ...rows.map((row) => widthOf(row[i]!.text)))),
   );
   const lineOf = (cells: readonly Piece[]): Line =>
     cells.flatMap(({ text, style }, i) => {
