@@ -1,6 +1,7 @@
 import { spawnSync } from 'node:child_process';
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { packageRoot } from '../../common/package-root.js';
 import { Metrics } from './metrics.js';
@@ -114,7 +115,7 @@ test('docs/operations.md lists every metric of the server, and no other', async 
   expect(listed.sort()).toEqual(served.sort());
 });
 
-test.each(['prometheus/tandem.rules.yml'])('deploy/%s names metrics that are served', async (file) => {
+test.each(['prometheus/tandem.rules.yml', 'grafana/tandem.json'])('deploy/%s names metrics that are served', async (file) => {
   const { text } = await observed().metrics.text();
   const served = new Set([...samples(text).keys()].map((sample) => sample.replace(/\{.*/, '')));
   for (const [, histogram] of text.matchAll(/^# TYPE (\w+) histogram/gm)) served.add(histogram!);
@@ -143,5 +144,18 @@ describe.skipIf(!promtool)('promtool', () => {
     const checked = run(['check', 'rules', 'tandem.rules.yml']);
     expect(checked).toMatchObject({ status: 0, output: expect.stringContaining('SUCCESS') as string });
     expect(run(['test', 'rules', 'tandem.rules.test.yml'])).toMatchObject({ status: 0 });
+  });
+
+  test('accepts every query of the dashboard', () => {
+    type Dashboard = { panels: { title: string; targets?: { expr: string }[] }[] };
+    const dashboard = JSON.parse(readFileSync(join(packageRoot, 'deploy', 'grafana', 'tandem.json'), 'utf8')) as Dashboard;
+    const queries = dashboard.panels.flatMap(({ targets = [] }) => targets.map(({ expr }) => expr));
+    expect(queries.length).toBeGreaterThan(20);
+    const rules = queries.map((expr, i) => ({ record: `query:${i}`, expr: expr.replaceAll('$__rate_interval', '5m') }));
+    const file = join(mkdtempSync(join(tmpdir(), 'tandem-rules-')), 'rules.yml');
+    writeFileSync(file, JSON.stringify({ groups: [{ name: 'dashboard', rules }] })); // JSON is YAML too
+    const checked = run(['check', 'rules', file]);
+    rmSync(dirname(file), { recursive: true });
+    expect(checked).toMatchObject({ status: 0, output: expect.stringContaining(`${queries.length} rules found`) as string });
   });
 });
