@@ -1,4 +1,5 @@
 import { promisify } from 'node:util';
+import { Metadata, type ChannelOptions } from '@grpc/grpc-js';
 import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
 import { Generation, Ops } from '../common/services.js';
@@ -21,16 +22,26 @@ export interface TandemClient {
   logits(request: LogitsRequest): Promise<Float32Array[]>;
   tokenize(text: string, asPrompt?: boolean): Promise<number[]>;
   status(): Promise<Status__Output>;
+  /** Until the signal is aborted or the server ends the stream. A server that is not there is waited for. */
+  watchStatus(intervalMs: number, onStatus: (status: Status__Output) => void, signal: AbortSignal): Promise<void>;
   close(): void;
 }
 
 const CONNECT_TIMEOUT_MS = 5_000;
 
+/** A status that is watched goes on soon after a server that was lost is back. */
+const OPS_CHANNEL_OPTIONS: ChannelOptions = {
+  ...CLIENT_CHANNEL_OPTIONS,
+  'grpc.keepalive_time_ms': 10_000,
+  'grpc.keepalive_timeout_ms': 5_000,
+  'grpc.max_reconnect_backoff_ms': 2_000,
+};
+
 /** @throws ConfigError if nobody answers at the address */
 export async function connect(address: string): Promise<TandemClient> {
   const target = clientAddress(address);
   const generation = new Generation(target, clientCredentials(), CLIENT_CHANNEL_OPTIONS);
-  const ops = new Ops(target, clientCredentials(), CLIENT_CHANNEL_OPTIONS);
+  const ops = new Ops(target, clientCredentials(), OPS_CHANNEL_OPTIONS);
   await new Promise<void>((resolve, reject) => {
     generation.waitForReady(Date.now() + CONNECT_TIMEOUT_MS, (error) => {
       if (error) reject(new ConfigError(`no server at ${address}: start one with "tandem serve", or name it with --address`));
@@ -76,6 +87,17 @@ export async function connect(address: string): Promise<TandemClient> {
     status: () =>
       new Promise((resolve, reject) => {
         ops.getStatus({}, (error, response) => (error ? reject(error) : resolve(must(response))));
+      }),
+    watchStatus: (intervalMs, onStatus, signal) =>
+      new Promise((resolve, reject) => {
+        const call = ops.watchStatus({ intervalMs }, new Metadata({ waitForReady: true }));
+        const cancel = (): void => call.cancel();
+        if (signal.aborted) cancel();
+        signal.addEventListener('abort', cancel);
+        call.on('status', () => signal.removeEventListener('abort', cancel)); // the last event of every call
+        call.on('data', onStatus);
+        call.on('error', (error) => (signal.aborted ? resolve() : reject(error)));
+        call.on('end', resolve);
       }),
     close() {
       generation.close();

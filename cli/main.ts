@@ -10,6 +10,7 @@ import { inspectCommand } from './commands/inspect.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
+import { topCommand } from './commands/top.js';
 import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
 
@@ -28,6 +29,7 @@ const commands = [
   importCommand,
   inspectCommand,
   statusCommand,
+  topCommand,
   logitsCommand,
   demoCommand,
 ] as unknown as CommandModule[];

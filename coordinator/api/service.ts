@@ -23,7 +23,7 @@ export interface CallContext {
   /** From now to the end, waiting included. */
   readonly timeoutMs: number | null;
   /** W3C trace context of the caller, as it came. */
-  readonly traceParent?: string | undefined;
+  readonly traceParent?: string | null;
 }
 
 export interface ServiceOptions {
@@ -168,6 +168,6 @@ export class ServingService {
   }
 }
 
-function scheduling({ caller, requestId, priority, timeoutMs, traceParent }: CallContext) {
+function scheduling({ caller, requestId, priority, timeoutMs, traceParent = null }: CallContext) {
   return { caller, requestId: requestId ?? randomUUID(), priority, timeoutMs, traceParent };
 }
