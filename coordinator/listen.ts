@@ -11,7 +11,7 @@ export interface ListenOptions {
   readonly credentials?: ServerCredentials;
   /** Further ones are closed at once. */
   readonly maxConnections?: number;
-  /** Of the headers of one call; a stream with more is reset. */
+  /** Of the headers of one call. The server refuses a call with more in words; a stream with more than twice as many is reset unread, and node's HTTP/2 takes no more than 64 KiB. */
   readonly maxHeaderBytes?: number;
 }
 
@@ -42,7 +42,7 @@ function limit(server: Server, { maxConnections, maxHeaderBytes }: ListenOptions
   const { http2Servers } = server as unknown as { readonly http2Servers: ReadonlyMap<Http2Server, unknown> };
   for (const listener of http2Servers.keys()) {
     if (maxConnections !== undefined) listener.maxConnections = maxConnections;
-    if (maxHeaderBytes !== undefined) listener.updateSettings({ maxHeaderListSize: maxHeaderBytes });
+    if (maxHeaderBytes !== undefined) listener.updateSettings({ maxHeaderListSize: 2 * maxHeaderBytes });
   }
 }
 

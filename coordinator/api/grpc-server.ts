@@ -19,7 +19,7 @@ export class GrpcServer extends GatedServer {
   private readonly health: Health;
 
   constructor(api: GrpcApi) {
-    super({ gate: api.gate, limits: api.service.limits, log: api.log, onRefused: api.onRefused });
+    super({ gate: api.gate, limits: api.service.limits, log: api.log, onRefused: api.onRefused, stallMs: api.stallMs });
     this.addService(Generation.service, { ...generationHandlers(api) });
     this.addService(Ops.service, { ...opsHandlers(api, () => this.updateHealth()) });
     this.addService(GRPCInferenceService.service, { ...kserveHandlers(api) });

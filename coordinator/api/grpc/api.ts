@@ -14,7 +14,7 @@ export interface GrpcApi {
   readonly log: Logger;
   /** Told of what is refused before the service is asked: no or wrong credentials, what is no message, fields out of their bounds. */
   readonly onRefused?: (error: TandemError) => void;
-  /** How long a client may take nothing of what waits for it before its stream is closed. */
+  /** How long a client may take nothing of a message that waits for it before its stream is closed. */
   readonly stallMs?: number;
 }
 

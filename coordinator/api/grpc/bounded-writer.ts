@@ -1,19 +1,12 @@
 import type { serialize, ServerWritableStream } from '@grpc/grpc-js';
 import { SlowReaderError } from '../../../common/errors.js';
 import type { Logger } from '../../../common/log.js';
-import { resetCall } from './gated-server.js';
 import { toServiceError } from './service-error.js';
-
-/** Bytes that the client may leave unread, and how long it may take nothing of what waits for it. */
-export interface WriterLimits {
-  readonly maxBufferedBytes: number;
-  readonly stallMs: number;
-}
 
 /**
  * Writes a stream of responses to a client that may be slow, or never read at all. What it has not taken waits here, encoded and counted.
  * When more than the limit waits, `onSlow` is told (once), what waits is dropped, and the call fails: the client gets the error when it
- * reads on, and a reset when it does not.
+ * reads on, and is thrown out by the server when it does not.
  *
  * grpc-js hands messages to the HTTP/2 stream one at a time, each when flow control has let the one before it go.
  */
@@ -23,23 +16,22 @@ export class BoundedWriter<Response> {
   private writing = false;
   private isOver = false;
   private whenIdle: (() => void)[] = [];
-  private stallTimer: NodeJS.Timeout | null = null;
 
   constructor(
     private readonly call: ServerWritableStream<unknown, Response>,
     private readonly encode: serialize<Response>,
-    private readonly limits: WriterLimits,
+    private readonly maxBufferedBytes: number,
     private readonly onSlow: () => void,
     private readonly log: Logger,
   ) {
-    call.on('cancelled', () => this.stop()); // the last that every call hears, however it ended
+    call.on('cancelled', () => this.drop()); // the last that every call hears, however it ended
   }
 
   write(response: Response): void {
     if (this.isOver) return;
-    if (this.waitingBytes > this.limits.maxBufferedBytes) {
+    if (this.waitingBytes > this.maxBufferedBytes) {
       this.refuse(
-        `the client has left ${this.waitingBytes} bytes of the stream unread, ${this.limits.maxBufferedBytes} are kept for it: ` +
+        `the client has left ${this.waitingBytes} bytes of the stream unread, ${this.maxBufferedBytes} are kept for it: ` +
           'read faster, or ask for less at once',
       );
       return;
@@ -73,7 +65,6 @@ export class BoundedWriter<Response> {
     const bytes = this.writing || this.isOver ? undefined : this.waiting.shift();
     if (bytes === undefined) return;
     this.writing = true;
-    this.watch();
     this.call.write(bytes as Response, () => {
       this.writing = false;
       this.waitingBytes -= bytes.length;
@@ -81,19 +72,6 @@ export class BoundedWriter<Response> {
       this.pump();
       if (!this.writing) this.becomeIdle();
     });
-  }
-
-  /** One timer for the life of the call: progress sets it back. */
-  private watch(): void {
-    if (this.stallTimer) this.stallTimer.refresh();
-    else this.stallTimer = setTimeout(() => this.onStalled(), this.limits.stallMs).unref();
-  }
-
-  private onStalled(): void {
-    this.stallTimer = null;
-    if (!this.writing) return;
-    if (!this.isOver) this.refuse(`the client has read nothing of the stream for ${this.limits.stallMs} ms: read on, or close it`);
-    resetCall(this.call);
   }
 
   private refuse(reason: string): void {
@@ -106,12 +84,6 @@ export class BoundedWriter<Response> {
     this.isOver = true;
     this.waiting.length = 0;
     this.becomeIdle();
-  }
-
-  private stop(): void {
-    this.drop();
-    if (this.stallTimer) clearTimeout(this.stallTimer);
-    this.stallTimer = null;
   }
 
   private becomeIdle(): void {

@@ -14,7 +14,11 @@ export interface GatedServerOptions {
   readonly log: Logger;
   /** Told of what the server refuses before a handler sees it. */
   readonly onRefused?: ((error: TandemError) => void) | undefined;
+  /** How long a client may take nothing of a message that waits for it. */
+  readonly stallMs?: number | undefined;
 }
+
+const DEFAULT_STALL_MS = 60_000;
 
 type Handler<Request, Response> = Parameters<typeof grpc.Server.prototype.register<Request, Response>>[1];
 type EndlessCall = grpc.ServerWritableStream<never, never>;
@@ -86,57 +90,86 @@ export class GatedServer extends grpc.Server {
   }
 
   private intercept(path: string, call: grpc.ServerInterceptingCallInterface): grpc.ServerInterceptingCall {
+    const { gate, limits, log, onRefused, stallMs = DEFAULT_STALL_MS } = this.gated;
     const refuse = (error: unknown): void => {
-      if (error instanceof TandemError) this.gated.onRefused?.(error);
-      call.sendStatus(toStatus(error, this.gated.log));
+      if (error instanceof TandemError) onRefused?.(error);
+      call.sendStatus(toStatus(error, log));
     };
-    return new grpc.ServerInterceptingCall(call, {
-      start: (next) =>
-        next({
-          onReceiveMetadata: (metadata, pass) => {
-            try {
-              checkHeaders(metadata, this.gated.limits);
-              const caller = this.gated.gate.authorize(METHOD_ACCESS[path]!, authorization(metadata));
-              callStates.set(metadata, { caller, reset: () => resetStream(call) });
-            } catch (error) {
-              refuse(error);
-              return;
-            }
-            pass(metadata);
-          },
-          onReceiveMessage: (message: unknown, pass) => {
-            if (message instanceof InvalidRequestError) refuse(message);
-            else pass(message);
-          },
-        }),
-    });
+    const watched: WatchedCall = new WatchedCall(
+      call,
+      {
+        start: (next) =>
+          next({
+            onReceiveMetadata: (metadata, pass) => {
+              try {
+                checkHeaders(metadata, limits);
+                callers.set(metadata, gate.authorize(METHOD_ACCESS[path]!, authorization(metadata)));
+              } catch (error) {
+                refuse(error);
+                return;
+              }
+              pass(metadata);
+            },
+            onReceiveMessage: (message: unknown, pass) => {
+              if (message instanceof InvalidRequestError) refuse(message);
+              else pass(message);
+            },
+            onCancel: () => watched.stop(), // the last that every call hears, however it ended
+          }),
+      },
+      stallMs,
+      () => {
+        log.info({ method: path, stallMs }, 'closed a stream whose client did not read it');
+        resetStream(call);
+      },
+    );
+    return watched;
   }
 }
 
-type Surface = { readonly metadata: grpc.Metadata };
+/** A call that notices when its client takes nothing, not even its status: what is not taken would be kept as long as the connection is open. */
+class WatchedCall extends grpc.ServerInterceptingCall {
+  private isSending = false;
+  private timer: NodeJS.Timeout | null = null;
 
-interface CallState {
-  readonly caller: Caller;
-  readonly reset: () => void;
+  constructor(
+    call: grpc.ServerInterceptingCallInterface,
+    responder: grpc.Responder,
+    private readonly stallMs: number,
+    private readonly onStalled: () => void,
+  ) {
+    super(call, responder);
+  }
+
+  override sendMessage(message: unknown, callback: () => void): void {
+    this.isSending = true;
+    if (this.timer) this.timer.refresh();
+    else this.timer = setTimeout(() => this.expire(), this.stallMs).unref(); // one for the life of the call
+    super.sendMessage(message, () => {
+      this.isSending = false;
+      callback();
+    });
+  }
+
+  stop(): void {
+    if (this.timer) clearTimeout(this.timer);
+    this.timer = null;
+  }
+
+  private expire(): void {
+    this.timer = null;
+    if (this.isSending) this.onStalled();
+  }
 }
 
 /** By the metadata, which is one and the same object from the interceptor to the handler. */
-const callStates = new WeakMap<grpc.Metadata, CallState>();
+const callers = new WeakMap<grpc.Metadata, Caller>();
 
 /** Who calls, as the gate found out. */
-export function callerOf(call: Surface): Caller {
-  return stateOf(call).caller;
-}
-
-/** Ends a call whose client takes nothing, not even its status: the stream is closed under it. */
-export function resetCall(call: Surface): void {
-  stateOf(call).reset();
-}
-
-function stateOf(call: Surface): CallState {
-  const state = callStates.get(call.metadata);
-  if (!state) throw new Error('a call came past the gate');
-  return state;
+export function callerOf({ metadata }: { readonly metadata: grpc.Metadata }): Caller {
+  const caller = callers.get(metadata);
+  if (!caller) throw new Error('a call came past the gate');
+  return caller;
 }
 
 /** grpc-js has no call for it. */

@@ -23,7 +23,6 @@ import { toServiceError } from './service-error.js';
 
 /** Bytes of one message of a Logits stream, at most (one row at least). */
 const LOGITS_MESSAGE_BYTES = 1024 * 1024;
-const DEFAULT_STALL_MS = 60_000;
 
 export function generationHandlers(api: GrpcApi): GenerationHandlers {
   const { service, log } = api;
@@ -129,13 +128,12 @@ function requestIdMetadata({ requestId }: Ticket<unknown>): Metadata {
 /** @param respond gets the writer, and a function that ties a request to the call: it says that it was accepted, and ends with its client */
 async function stream<Request, Response>(
   call: ServerWritableStream<Request, Response>,
-  { service, log, stallMs = DEFAULT_STALL_MS }: GrpcApi,
+  { service, log }: GrpcApi,
   encode: (response: Response) => Buffer,
   respond: (writer: BoundedWriter<Response>, started: <R>(ticket: Ticket<R>) => Ticket<R>) => Promise<void>,
 ): Promise<void> {
   let cancel = (): void => {};
-  const limits = { maxBufferedBytes: service.limits.maxBufferedBytes, stallMs };
-  const writer = new BoundedWriter(call, encode, limits, () => cancel(), log);
+  const writer = new BoundedWriter(call, encode, service.limits.maxBufferedBytes, () => cancel(), log);
   try {
     await respond(writer, (ticket) => {
       cancel = () => ticket.cancel();
@@ -145,6 +143,7 @@ async function stream<Request, Response>(
     await writer.end();
   } catch (error) {
     if (error instanceof CancelledError && call.cancelled) return; // nobody listens
+    await writer.idle(); // what was final before the error is the client's
     writer.fail(toServiceError(error, log));
   }
 }
