@@ -56,7 +56,7 @@ module.exports = {
     {
       name: 'clients-talk-through-the-wire',
       severity: 'error',
-      from: { path: '^(cli|bench)/', pathNot: '^cli/commands/(serve|worker)\\.ts$|\\.test\\.ts$' },
+      from: { path: '^(cli|bench)/', pathNot: '^cli/commands/(serve|worker|key)\\.ts$|\\.test\\.ts$' },
       to: { path: '^(coordinator|worker)/' },
     },
   ],

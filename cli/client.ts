@@ -1,6 +1,6 @@
 import { promisify } from 'node:util';
-import { Metadata, type ChannelOptions } from '@grpc/grpc-js';
-import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials } from '../common/address.js';
+import { type ChannelOptions, InterceptingCall, type Interceptor, Metadata } from '@grpc/grpc-js';
+import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials, type ClientTls } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
 import { Generation, Ops } from '../common/services.js';
 import type { Delta__Output } from '../proto/generated/tandem/v1/Delta.js';
@@ -27,6 +27,15 @@ export interface TandemClient {
   close(): void;
 }
 
+/** How a client shows who it is, and makes sure of whom it talks to. */
+export interface Credentials {
+  readonly apiKey: string | null;
+  /** Null: no TLS. */
+  readonly tls: ClientTls | null;
+}
+
+export const NO_CREDENTIALS: Credentials = { apiKey: null, tls: null };
+
 const CONNECT_TIMEOUT_MS = 5_000;
 
 /** A status that is watched goes on soon after a server that was lost is back. */
@@ -38,14 +47,18 @@ const OPS_CHANNEL_OPTIONS: ChannelOptions = {
 };
 
 /** @throws ConfigError if nobody answers at the address */
-export async function connect(address: string): Promise<TandemClient> {
+export async function connect(address: string, { apiKey, tls }: Credentials = NO_CREDENTIALS): Promise<TandemClient> {
   const target = clientAddress(address);
-  const generation = new Generation(target, clientCredentials(), CLIENT_CHANNEL_OPTIONS);
-  const ops = new Ops(target, clientCredentials(), OPS_CHANNEL_OPTIONS);
+  const gated = apiKey === null ? {} : { interceptors: [withApiKey(apiKey)] };
+  const generation = new Generation(target, clientCredentials(tls), { ...CLIENT_CHANNEL_OPTIONS, ...gated });
+  const ops = new Ops(target, clientCredentials(tls), { ...OPS_CHANNEL_OPTIONS, ...gated });
   await new Promise<void>((resolve, reject) => {
     generation.waitForReady(Date.now() + CONNECT_TIMEOUT_MS, (error) => {
-      if (error) reject(new ConfigError(`no server at ${address}: start one with "tandem serve", or name it with --address`));
-      else resolve();
+      if (!error) return resolve();
+      generation.close();
+      ops.close();
+      const advice = tls ? ', or check --ca, --client-cert and --client-key' : ', or give --ca if it has TLS';
+      reject(new ConfigError(`no server at ${address}: start one with "tandem serve", or name it with --address${advice}`));
     });
   });
   return {
@@ -104,6 +117,17 @@ export async function connect(address: string): Promise<TandemClient> {
       ops.close();
     },
   };
+}
+
+/** On every call. Credentials of a call are for TLS alone in grpc-js, and a server on this machine needs none. */
+function withApiKey(apiKey: string): Interceptor {
+  return (options, nextCall) =>
+    new InterceptingCall(nextCall(options), {
+      start(metadata, listener, next) {
+        metadata.set('authorization', `Bearer ${apiKey}`);
+        next(metadata, listener);
+      },
+    });
 }
 
 function must<T>(value: T | undefined): T {

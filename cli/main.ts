@@ -7,6 +7,7 @@ import { demoCommand } from './commands/demo.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
+import { keyCommand } from './commands/key.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
@@ -31,6 +32,7 @@ const commands = [
   statusCommand,
   topCommand,
   logitsCommand,
+  keyCommand,
   demoCommand,
 ] as unknown as CommandModule[];
 const names = commands.map(({ command }) => String(command).split(' ')[0]!);

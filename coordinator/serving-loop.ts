@@ -447,9 +447,6 @@ export class ServingLoop {
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
     const nowMs = this.now();
     this.totals.steps += 1;
-      seconds.computeSeconds += computeMs / 1000;
-      seconds.collectiveSeconds += collectiveMs / 1000;
-    });
     this.totals.stepSeconds += longest(ranks, 'computeMs') / 1000;
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 

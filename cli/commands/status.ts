@@ -3,11 +3,12 @@ import type { LatencyStatus__Output } from '../../proto/generated/tandem/v1/Late
 import type { Percentiles__Output } from '../../proto/generated/tandem/v1/Percentiles.js';
 import type { Status__Output } from '../../proto/generated/tandem/v1/Status.js';
 import { connect } from '../client.js';
+import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
 import { formatBytes, formatCount, formatDuration, formatMs, formatTable } from '../format.js';
 import { printable } from '../terminal/text.js';
 import { DEFAULT_ADDRESS } from './serve.js';
 
-interface StatusArgs {
+interface StatusArgs extends ConnectionArgs {
   address: string;
   json: boolean;
 }
@@ -18,9 +19,10 @@ export const statusCommand: CommandModule<unknown, StatusArgs> = {
   builder: (yargs) =>
     yargs
       .option('address', { type: 'string', default: DEFAULT_ADDRESS, describe: 'The server: host:port or unix:/path' })
-      .option('json', { type: 'boolean', default: false, describe: 'Print JSON' }),
-  async handler({ address, json }) {
-    const client = await connect(address);
+      .option('json', { type: 'boolean', default: false, describe: 'Print JSON' })
+      .options(connectionOptions()) as never,
+  async handler({ address, json, ...connection }) {
+    const client = await connect(address, toCredentials(connection));
     try {
       const status = await client.status();
       process.stdout.write(json ? `${JSON.stringify(status, null, 2)}\n` : formatStatus(status));

@@ -3,6 +3,7 @@ import { status as grpcStatus } from '@grpc/grpc-js';
 import type { CommandModule } from 'yargs';
 import type { Status__Output } from '../../proto/generated/tandem/v1/Status.js';
 import { connect, type TandemClient } from '../client.js';
+import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
 import { isServiceError } from '../describe-error.js';
 import { interruptible } from '../interrupt.js';
 import { wholeNumber } from '../number-option.js';
@@ -11,7 +12,7 @@ import { openScreen } from '../terminal/screen.js';
 import { topView, type TopView } from '../top-view.js';
 import { DEFAULT_ADDRESS } from './serve.js';
 
-interface TopArgs {
+interface TopArgs extends ConnectionArgs {
   address: string;
   intervalMs: number;
   once: boolean;
@@ -40,9 +41,10 @@ export const topCommand: CommandModule<unknown, TopArgs> = {
         }),
       )
       .option('once', { type: 'boolean', default: false, describe: 'Print one as text and end, as where the output is no terminal' })
-      .option('json', { type: 'boolean', default: false, describe: 'Print each as a line of JSON' }) as never,
-  async handler({ address, intervalMs, once, json }) {
-    const client = await connect(address);
+      .option('json', { type: 'boolean', default: false, describe: 'Print each as a line of JSON' })
+      .options(connectionOptions()) as never,
+  async handler({ address, intervalMs, once, json, ...connection }) {
+    const client = await connect(address, toCredentials(connection));
     try {
       await interruptible(async (signal) => {
         const print = (status: Status__Output): void =>
