@@ -4,7 +4,7 @@ import { InvalidRequestError } from '../../../common/errors.js';
 import type { SpecialTokens } from '../../../model/model-config.js';
 import type { GenerateRequest__Output } from '../../../proto/generated/tandem/v1/GenerateRequest.js';
 import type { Limits } from '../../limits.js';
-import { parseBody } from './parse-body.js';
+import { optional, parseBody } from './parse-body.js';
 
 export interface CompletionCall {
   readonly model: string;
@@ -87,36 +87,36 @@ export const MODES = {
 const completionBody = z.strictObject({
   model: z.string(),
   prompt,
-  suffix: z.string().nullish(),
-  max_tokens: uint32.min(1).nullish(),
-  temperature: z.number().nullish(),
-  top_p: z.number().min(0).max(1).nullish(),
-  n: uint32.min(1).nullish(),
-  best_of: uint32.min(1).nullish(),
-  stop: stop.nullish(),
-  logprobs: uint32.nullish(),
-  echo: z.boolean().nullish(),
-  seed: z.int().nullish(),
-  logit_bias: logitBias.nullish(),
-  presence_penalty: z.number().nullish(),
-  frequency_penalty: z.number().nullish(),
-  stream: z.boolean().nullish(),
-  stream_options: z.strictObject({ include_usage: z.boolean().nullish(), include_obfuscation: z.unknown() }).partial().nullish(),
+  suffix: optional(z.string()),
+  max_tokens: optional(uint32.min(1)),
+  temperature: optional(z.number()),
+  top_p: optional(z.number().min(0).max(1)),
+  n: optional(uint32.min(1)),
+  best_of: optional(uint32.min(1)),
+  stop: optional(stop),
+  logprobs: optional(uint32),
+  echo: optional(z.boolean()),
+  seed: optional(z.int()),
+  logit_bias: optional(logitBias),
+  presence_penalty: optional(z.number()),
+  frequency_penalty: optional(z.number()),
+  stream: optional(z.boolean()),
+  stream_options: optional(z.strictObject({ include_usage: optional(z.boolean()), include_obfuscation: z.unknown().optional() })),
 
-  top_k: z.int().min(-1).max(MAX_UINT32).nullish(), // -1: off, as vLLM writes it
-  min_tokens: uint32.nullish(),
-  repetition_penalty: z.number().nullish(),
-  stop_token_ids: tokenIds.nullish(),
-  ignore_eos: z.boolean().nullish(),
-  use_beam_search: z.boolean().nullish(),
-  num_beams: uint32.min(1).nullish(),
-  length_penalty: z.number().nullish(),
-  no_repeat_ngram_size: uint32.nullish(),
-  priority: z.int().nullish(),
-  timeout_ms: uint32.nullish(),
-  request_id: z.string().min(1).nullish(),
-  mode: z.enum(Object.keys(MODES) as (keyof typeof MODES)[]).nullish(),
-  return_token_ids: z.boolean().nullish(),
+  top_k: optional(z.int().min(-1).max(MAX_UINT32)), // -1: off, as vLLM writes it
+  min_tokens: optional(uint32),
+  repetition_penalty: optional(z.number()),
+  stop_token_ids: optional(tokenIds),
+  ignore_eos: optional(z.boolean()),
+  use_beam_search: optional(z.boolean()),
+  num_beams: optional(uint32.min(1)),
+  length_penalty: optional(z.number()),
+  no_repeat_ngram_size: optional(uint32),
+  priority: optional(z.int()),
+  timeout_ms: optional(uint32),
+  request_id: optional(z.string().min(1)),
+  mode: optional(z.enum(Object.keys(MODES) as (keyof typeof MODES)[])),
+  return_token_ids: optional(z.boolean()),
 
   // Clients send these to OpenAI; here they mean nothing.
   user: z.unknown().optional(),
@@ -145,7 +145,7 @@ export function toCompletionCall(body: unknown, context: BodyContext): Completio
   const stream = parsed.stream ?? false;
   if (stream && candidates > numChoices && !isBeamSearch) throw invalid('best_of', 'more candidates than n can not be streamed');
   if (stream && isBeamSearch && numChoices > 1) throw invalid('n', 'of a beam search only the best beam can be streamed: set n to 1');
-  if (!stream && parsed.stream_options != null) throw invalid('stream_options', 'only with stream true');
+  if (!stream && parsed.stream_options !== undefined) throw invalid('stream_options', 'only with stream true');
 
   const suffix = parsed.suffix === '' ? null : (parsed.suffix ?? null);
   const prompts = promptsOf(parsed.prompt);
@@ -189,7 +189,7 @@ export function toCompletionCall(body: unknown, context: BodyContext): Completio
 /** Samples that are drawn for each prompt, or beams. */
 function candidatesOf({ n, best_of, num_beams }: CompletionBody, isBeamSearch: boolean): number {
   const numChoices = n ?? 1;
-  const name = isBeamSearch && num_beams != null ? 'num_beams' : 'best_of';
+  const name = isBeamSearch && num_beams !== undefined ? 'num_beams' : 'best_of';
   const candidates = (name === 'num_beams' ? num_beams : best_of) ?? numChoices;
   if (candidates < numChoices) throw invalid(name, `${candidates} is less than n, which is ${numChoices}`);
   return candidates;
@@ -202,24 +202,24 @@ function promptsOf(field: PromptField): readonly (string | readonly number[])[] 
 
 function toWire(body: CompletionBody, { specialTokens, seed }: BodyContext): GenerateRequest__Output {
   const own = body.stop_token_ids ?? [];
-  const isDefaultEnd = body.stop_token_ids == null && body.ignore_eos !== true;
+  const isDefaultEnd = body.stop_token_ids === undefined && body.ignore_eos !== true;
   return {
     ...EMPTY_REQUEST,
-    mode: body.mode == null ? 'MODE_UNSPECIFIED' : MODES[body.mode],
+    mode: body.mode === undefined ? 'MODE_UNSPECIFIED' : MODES[body.mode],
     maxNewTokens: body.max_tokens ?? DEFAULT_MAX_TOKENS,
     minNewTokens: body.min_tokens ?? 0,
-    ...(body.temperature == null ? {} : { temperature: body.temperature }),
+    ...(body.temperature === undefined ? {} : { temperature: body.temperature }),
     // The wire's 0 means "off"; the best token alone is what OpenAI's 0 comes to.
     topK: body.top_p === 0 ? 1 : Math.max(0, body.top_k ?? 0),
-    topP: body.top_p == null || body.top_p === 1 ? 0 : body.top_p,
-    seed: String(body.seed == null ? seed() : BigInt.asUintN(64, BigInt(body.seed))),
+    topP: body.top_p === undefined || body.top_p === 1 ? 0 : body.top_p,
+    seed: String(body.seed === undefined ? seed() : BigInt.asUintN(64, BigInt(body.seed))),
     endTokens: isDefaultEnd ? null : { ids: body.ignore_eos === true ? [...own] : [specialTokens.eop, specialTokens.eos, ...own] },
-    stop: body.stop == null ? [] : typeof body.stop === 'string' ? [body.stop] : [...body.stop],
-    ...(body.logprobs == null ? {} : { logprobs: body.logprobs }),
+    stop: body.stop === undefined ? [] : typeof body.stop === 'string' ? [body.stop] : [...body.stop],
+    ...(body.logprobs === undefined ? {} : { logprobs: body.logprobs }),
     logitBias: Object.entries(body.logit_bias ?? {}).map(([token, bias]) => ({ token: Number(token), bias })),
     presencePenalty: body.presence_penalty ?? 0,
     frequencyPenalty: body.frequency_penalty ?? 0,
-    ...(body.repetition_penalty == null ? {} : { repetitionPenalty: body.repetition_penalty }),
+    ...(body.repetition_penalty === undefined ? {} : { repetitionPenalty: body.repetition_penalty }),
     options: { requestId: '', priority: body.priority ?? 0, timeoutMs: body.timeout_ms ?? 0 },
   };
 }
@@ -257,7 +257,8 @@ export const EMPTY_REQUEST: GenerateRequest__Output = {
 /** The validator's error in the words of an HTTP body. */
 export function inFieldsOf(names: Readonly<Record<string, string>>, error: unknown): unknown {
   if (!(error instanceof InvalidRequestError) || error.field === null) return error;
-  const [field] = error.field.startsWith('logit_bias[') ? ['logit_bias'] : [names[error.field] ?? error.field];
+  // There a list with places, here an object.
+  const field = error.field.startsWith('logit_bias[') ? 'logit_bias' : (names[error.field] ?? error.field);
   return new InvalidRequestError(
     error.message.replace(error.field, () => field),
     field,

@@ -67,7 +67,7 @@ function toJobs(call: CompletionCall, id: string, caller: Caller, limits: Limits
       context: toCallContext({ ...wire.options!, requestId: call.requests.length === 1 ? id : `${id}-${i}` }, caller),
     }));
   } catch (error) {
-    throw inFieldsOf(COMPLETION_FIELDS, error);
+    throw inFieldsOf({ ...COMPLETION_FIELDS, ...(call.isBestOf ? { n: 'best_of' } : {}) }, error);
   }
 }
 

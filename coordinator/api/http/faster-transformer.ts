@@ -11,13 +11,13 @@ import type { Limits } from '../../limits.js';
 import { toCallContext, toGenerationRequest } from '../validate.js';
 import { EMPTY_REQUEST, inFieldsOf } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
-import { parseBody } from './parse-body.js';
+import { optional, parseBody } from './parse-body.js';
 import type { RequestGroups } from './request-groups.js';
 import { runRequests } from './run-requests.js';
 
 export function addFasterTransformerRoute(app: FastifyInstance, { service }: HttpApi, groups: RequestGroups): void {
   app.post('/generate', async (request, reply) => {
-    const { requests, isFlat, fields } = toFasterTransformerCall(request.body, service.limits);
+    const { requests, isFlat, endText, fields } = toFasterTransformerCall(request.body, service.limits);
     const jobs = inNamesOf(fields, () =>
       requests.map((wire, i) => ({
         request: toGenerationRequest(wire, service.limits),
@@ -35,11 +35,10 @@ export function addFasterTransformerRoute(app: FastifyInstance, { service }: Htt
         ),
       ),
     );
-    const texts = results.map(({ value }, i) => {
+    const texts = results.map(({ value }) => {
       const { blanks, beams } = value.outputs[0]!;
-      if (beams.length > 0) return beams.map((beam) => beam.blanks[0] ?? '');
-      const match = blanks[0]?.finish === 'stop' ? requests[i]!.stop[0]! : ''; // there it is part of the text
-      return [(blanks[0]?.text ?? '') + match];
+      if (beams.length > 0) return beams.map((beam) => throughFirst(endText, beam.blanks[0] ?? ''));
+      return [(blanks[0]?.text ?? '') + (blanks[0]?.finish === 'stop' ? endText : '')];
     });
     return { text: isFlat ? texts.flat() : texts };
   });
@@ -49,13 +48,13 @@ const MAX_UINT32 = 0xffff_ffff;
 const uint32 = z.int().min(0).max(MAX_UINT32);
 
 const shared = {
-  seed: z.int().nullish(),
-  sampling_strategy: z.enum(['BaseStrategy', 'BeamSearchStrategy']).nullish(),
-  num_beams: uint32.nullish(),
-  length_penalty: z.number().nullish(),
-  no_repeat_ngram_size: uint32.nullish(),
-  temperature: z.number().nullish(),
-  regix: z.string().nullish(),
+  seed: optional(z.int()),
+  sampling_strategy: optional(z.enum(['BaseStrategy', 'BeamSearchStrategy'])),
+  num_beams: optional(uint32),
+  length_penalty: optional(z.number()),
+  no_repeat_ngram_size: optional(uint32),
+  temperature: optional(z.number()),
+  regix: optional(z.string()),
 };
 const promptBody = z.object({
   ...shared,
@@ -63,24 +62,26 @@ const promptBody = z.object({
     (value) => typeof value === 'string' || (Array.isArray(value) && value.length > 0 && value.every((each) => typeof each === 'string')),
     'expected a string or an array of strings',
   ),
-  max_tokens: uint32.min(1).nullish(),
-  min_tokens: uint32.nullish(),
-  top_k: uint32.nullish(),
-  top_p: z.number().nullish(),
+  max_tokens: optional(uint32.min(1)),
+  min_tokens: optional(uint32),
+  top_k: optional(uint32),
+  top_p: optional(z.number()),
 });
 const textBody = z.object({
   ...shared,
   text: z.string(),
-  out_seq_length: uint32.nullish(),
-  min_gen_length: uint32.nullish(),
-  topk: uint32.nullish(),
-  topp: z.number().nullish(),
+  out_seq_length: optional(uint32),
+  min_gen_length: optional(uint32),
+  topk: optional(uint32),
+  topp: optional(z.number()),
 });
 
 interface FasterTransformerCall {
   readonly requests: readonly GenerateRequest__Output[];
   /** The older form's answer has all texts in one list. */
   readonly isFlat: boolean;
+  /** A text goes on to the first of these, and has it; empty: none. */
+  readonly endText: string;
   /** Names of the validator's fields in this form. */
   readonly fields: Readonly<Record<string, string>>;
 }
@@ -115,7 +116,7 @@ export function toFasterTransformerCall(body: unknown, limits: Limits): FasterTr
       topK: parsed.top_k ?? 5,
       topP: parsed.top_p ?? 0,
     });
-    return { requests: withTexts(wire, prompts, 'prompt', limits), isFlat: false, fields: PROMPT_FIELDS };
+    return { requests: withTexts(wire, prompts, 'prompt', limits), isFlat: false, endText: literalOf(parsed.regix), fields: PROMPT_FIELDS };
   }
   const parsed = parseBody(textBody, body);
   // This form takes 0 for "not given".
@@ -128,7 +129,7 @@ export function toFasterTransformerCall(body: unknown, limits: Limits): FasterTr
   });
   const lines = parsed.text.split(/\r\n|\n|\r/);
   if (lines.length > 1 && lines.at(-1) === '') lines.pop(); // splitlines() of Python
-  return { requests: withTexts(wire, lines, 'text', limits), isFlat: true, fields: TEXT_FIELDS };
+  return { requests: withTexts(wire, lines, 'text', limits), isFlat: true, endText: literalOf(parsed.regix), fields: TEXT_FIELDS };
 }
 
 type Shared = z.infer<z.ZodObject<typeof shared>>;
@@ -144,7 +145,7 @@ function toWire(
     seed: String(BigInt.asUintN(64, BigInt(given.seed))),
     minNewTokens: isBeamSearch ? given.minNewTokens : 0, // its sampling knows no least length
     temperature: body.temperature ?? 1,
-    stop: body.regix ? [literalOf(body.regix)] : [],
+    stop: body.regix && !isBeamSearch ? [literalOf(body.regix)] : [], // beams are cut when they are there
     beamSearch: isBeamSearch
       ? {
           numBeams: body.num_beams || 1,
@@ -162,11 +163,17 @@ function toWire(
  * The old server ends a generation when its text matches; here expressions of strangers are not run, as one can take for ever. `.*word.*`
  * is what its own client sends, and means a stop string.
  */
-function literalOf(regix: string): string {
-  const literal = /^(?:\.\*)([^\\^$.|?*+()[\]{}]+)(?:\.\*)?$/.exec(regix)?.[1];
+function literalOf(regix: string | undefined): string {
+  if (!regix) return '';
+  const literal = /^\.\*([^\\^$.|?*+()[\]{}]+)(?:\.\*)?$/.exec(regix)?.[1];
   if (literal === undefined)
     throw new InvalidRequestError('regix: only .*text.* is taken, which ends the generation after "text"', 'regix');
   return literal;
+}
+
+function throughFirst(end: string, text: string): string {
+  const at = end === '' ? -1 : text.indexOf(end);
+  return at < 0 ? text : text.slice(0, at + end.length);
 }
 
 function withTexts(wire: GenerateRequest__Output, texts: readonly string[], field: string, limits: Limits): GenerateRequest__Output[] {

@@ -36,7 +36,7 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
     serverFactory: (handler) => {
       const server = createNodeServer(api, handler);
       servers.push(server);
-      return server as Server;
+      return server;
     },
     bodyLimit: limits.maxMessageBytes,
     routerOptions: { maxParamLength: 2 * MAX_ID_LENGTH },

@@ -2,10 +2,10 @@ import type { FastifyInstance } from 'fastify';
 import { z } from 'zod';
 import { NotFoundError } from '../../../common/errors.js';
 import type { HttpApi } from './http-api.js';
-import { parseBody } from './parse-body.js';
+import { optional, parseBody } from './parse-body.js';
 import type { RequestGroups } from './request-groups.js';
 
-const drainBody = z.strictObject({ timeout_ms: z.int().min(0).max(0xffff_ffff).nullish() });
+const drainBody = z.strictObject({ timeout_ms: optional(z.int().min(0).max(0xffff_ffff)) });
 
 /** Abort of a request and drain of the server; neither needs a body. */
 export function addOperatorRoutes(app: FastifyInstance, { service }: HttpApi, groups: RequestGroups): void {

@@ -51,6 +51,11 @@ export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
   throw new InvalidRequestError(field === '' ? `the body: ${message}` : `${field}: ${message}`, field === '' ? null : field);
 }
 
+/** A field that may be left out, or null: clients write both. */
+export function optional<T>(schema: z.ZodType<T>) {
+  return schema.nullish().transform((value) => value ?? undefined);
+}
+
 function fieldName(path: readonly PropertyKey[]): string {
   return path.map((key, i) => (typeof key === 'number' ? `[${key}]` : i === 0 ? String(key) : `.${String(key)}`)).join('');
 }

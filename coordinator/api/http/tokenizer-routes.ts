@@ -4,15 +4,15 @@ import { toDetokenizeIds, toTokenizeText } from '../validate.js';
 import { inFieldsOf } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
 import { checkModel } from './models.js';
-import { parseBody } from './parse-body.js';
+import { optional, parseBody } from './parse-body.js';
 
 const tokenizeBody = z.strictObject({
-  model: z.string().nullish(),
+  model: optional(z.string()),
   prompt: z.string(),
-  add_special_tokens: z.boolean().nullish(),
+  add_special_tokens: optional(z.boolean()),
 });
 const detokenizeBody = z.strictObject({
-  model: z.string().nullish(),
+  model: optional(z.string()),
   // Checked as a whole: a schema of the items would write one issue for each of a million wrong ones.
   tokens: z.custom<readonly number[]>(
     (value) => Array.isArray(value) && value.every((id) => Number.isInteger(id) && id >= 0 && id <= 0xffff_ffff),
@@ -25,7 +25,7 @@ export function addTokenizerRoutes(app: FastifyInstance, api: HttpApi): void {
   const { service } = api;
   app.post('/tokenize', (request) => {
     const { model, prompt, add_special_tokens } = parseBody(tokenizeBody, request.body);
-    if (model != null) checkModel(api, model);
+    if (model !== undefined) checkModel(api, model);
     const tokenizer = service.requireTokenizer();
     const asPrompt = add_special_tokens ?? true;
     const text = inNames({ text: 'prompt' }, () => toTokenizeText({ text: prompt, asPrompt, noDummyPrefix: false }, service.limits));
@@ -34,7 +34,7 @@ export function addTokenizerRoutes(app: FastifyInstance, api: HttpApi): void {
   });
   app.post('/detokenize', (request) => {
     const { model, tokens } = parseBody(detokenizeBody, request.body);
-    if (model != null) checkModel(api, model);
+    if (model !== undefined) checkModel(api, model);
     const tokenizer = service.requireTokenizer();
     const ids = inNames({ ids: 'tokens' }, () => toDetokenizeIds({ ids: [...tokens], showSpecial: false }, service.limits));
     return { prompt: tokenizer.decode(ids) };
