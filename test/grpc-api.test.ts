@@ -144,9 +144,9 @@ function detailsOf(error: ServiceError): Record<string, object> {
   expect(decoded).toMatchObject({ code: error.code, message: error.details });
   return Object.fromEntries(
     decoded.details.map((detail) => {
-      const { type_url: url, value } = detail as unknown as { type_url: string; value: Buffer };
+      const { type_url: url, value } = detail;
       const name = url.replace('type.googleapis.com/google.rpc.', '') as keyof typeof googleRpc;
-      return [name, googleRpc[name].deserialize(value) as object];
+      return [name, googleRpc[name].deserialize(value)];
     }),
   );
 }
@@ -643,8 +643,8 @@ function request(session: ClientHttp2Session, headers: Record<string, string>, b
       resolve({ error });
       return;
     }
-    stream.on('response', (response) => resolve({ ...response }));
-    stream.on('error', (error) => resolve({ error }));
+    stream.on('response', (response: object) => resolve({ ...response }));
+    stream.on('error', (error: Error) => resolve({ error }));
     stream.on('close', () => resolve({ closed: true }));
     if (headers[':method'] !== 'GET') stream.end(body);
   });
