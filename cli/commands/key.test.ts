@@ -18,7 +18,7 @@ async function newKey(args: { name: string; roles?: string; weight?: number; fil
   return printed.join('').trim();
 }
 
-test('keys are added to the file, which is nobody else’s to read', async () => {
+test('keys are added to the file, which is for its owner alone', async () => {
   const file = join(dir, 'keys.json');
   const a = await newKey({ name: 'a', file });
   chmodSync(file, 0o644);
