@@ -91,7 +91,8 @@ describe('the gate', () => {
         else {
           expect(response.statusCode, `${method} ${url}`).toBe(401);
           expect(response.headers['www-authenticate']).toMatch(/^Bearer/);
-          if (method !== 'HEAD') expect(response.json()).toMatchObject({ error: { code: 'invalid_api_key', type: 'authentication_error' } });
+          if (method !== 'HEAD')
+            expect(response.json()).toMatchObject({ error: { code: 'invalid_api_key', type: 'authentication_error' } });
         }
       }
       if (access !== 'public') {
