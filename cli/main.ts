@@ -7,6 +7,7 @@ import { demoCommand } from './commands/demo.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
+import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
@@ -29,6 +30,7 @@ const commands = [
   inspectCommand,
   statusCommand,
   logitsCommand,
+  loadCommand,
   demoCommand,
 ] as unknown as CommandModule[];
 const names = commands.map(({ command }) => String(command).split(' ')[0]!);

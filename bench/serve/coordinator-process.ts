@@ -94,7 +94,7 @@ async function serveClient(client: number): Promise<void> {
       }),
     );
     const ticket = service.generate(
-      toGenerationRequest(wire as never, DEFAULT_LIMITS),
+      toGenerationRequest(wire, DEFAULT_LIMITS),
       { caller: LOCAL_CALLER, requestId: null, priority: 0, timeoutMs: null },
       (delta) => Generation.service.Generate.responseSerialize(encodeDelta(delta)),
     );

@@ -52,7 +52,7 @@ export class EchoEngine implements Engine {
     await new Promise((resolve) => setImmediate(resolve)); // clients and the garbage collector have their turn, as with real ranks
     const answeredMs = performance.now();
     const { result } = WorkerLink.service.Attach.requestDeserialize(answer);
-    const results = decodeResults(result!.body as Uint8Array, step.extends, this.options);
+    const results = decodeResults(result!.body, step.extends, this.options);
     this.resolvedMs = performance.now();
     const codecMs = encodeMs + this.resolvedMs - answeredMs;
     this.steps.push({ extends: step.extends.length, betweenMs, codecMs });
