@@ -1,11 +1,11 @@
 /** Random numbers that are the same for the same seeds, on every machine. */
 export interface Random {
   /** From 0 up to but not including 1, in steps of 2^-32. */
-  uniform(): number;
+  readonly uniform: () => number;
   /** A whole number from `low` to `high`, both included. */
   integer(low: number, high: number): number;
   /** Mean 0, deviation 1. */
-  normal(): number;
+  readonly normal: () => number;
   /** Of mean `shape`, so of variance `shape`; a shape of 1 is the exponential distribution. */
   gamma(shape: number): number;
 }
