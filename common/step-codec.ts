@@ -230,9 +230,13 @@ function readWant(from: Reader) {
   }
 }
 
+/** Halves of the last seed: mostly it is the same again, and 64-bit integers are slow. */
+const halves = { seed: 0n, low: 0, high: 0 };
+
 function writeNoise(out: Writer, { seed, stream, position }: StepNoise): void {
-  out.word(Number(seed & 0xffffffffn));
-  out.word(Number(seed >> 32n));
+  if (seed !== halves.seed) Object.assign(halves, { seed, low: Number(seed & 0xffffffffn), high: Number(seed >> 32n) });
+  out.word(halves.low);
+  out.word(halves.high);
   out.word(stream);
   out.word(position);
 }

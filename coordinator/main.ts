@@ -53,8 +53,6 @@ export interface RunningServer {
 const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
-/** Requests that may wait for KV blocks. */
-const MAX_QUEUED = 1024;
 const HEARTBEAT_MS = 1000;
 const SHUTDOWN_GRACE_MS = 1000;
 const MAX_RESTARTS_PER_MINUTE = 5;
@@ -126,7 +124,17 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     } else log.info({ address: linkAddress, worldSize: options.worldSize }, 'waiting for workers');
     await group.ready();
 
-    loop = new ServingLoop(group, { maxBatchTokens: maxRunTokens + MAX_EXTENDS, maxExtends: MAX_EXTENDS, maxQueued: MAX_QUEUED }, log);
+    loop = new ServingLoop(
+      group,
+      {
+        ...DEFAULT_LIMITS,
+        stepTokens: 256,
+        maxBatchTokens: maxRunTokens + MAX_EXTENDS,
+        maxExtends: MAX_EXTENDS,
+        contextCacheBlocks: Math.floor(group.capacity.kvBlocks / 2),
+      },
+      log,
+    );
     const running = loop;
     const service = new ServingService({
       config,

@@ -4,12 +4,20 @@ import { CancelledError, EngineError, InvalidRequestError, NotReadyError, Worker
 import { createLogger } from '../common/log.js';
 import type { Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
+import { DEFAULT_LIMITS } from './limits.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { ServingLoop, type Job, type Ticket } from './serving-loop.js';
 
 const log = createLogger('test', 'silent');
 const BLOCK_SIZE = 4;
-const limits = { maxBatchTokens: 64, maxExtends: 16, maxQueued: 100 };
+const limits = {
+  ...DEFAULT_LIMITS,
+  stepTokens: 24,
+  maxBatchTokens: 80,
+  maxExtends: 16,
+  contextCacheBlocks: 32,
+  maxQueuedRequests: 100,
+};
 const open: ServingLoop[] = [];
 
 afterEach(async () => {
@@ -17,7 +25,7 @@ afterEach(async () => {
 });
 
 function start(options: { kvBlocks?: number; lostSteps?: ReadonlySet<number> } = {}): { loop: ServingLoop; engine: FakeEngine } {
-  const engine = new FakeEngine({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, ...options });
+  const engine = new FakeEngine({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997, ...options });
   const loop = new ServingLoop(engine, limits, log);
   open.push(loop);
   return { loop, engine };
@@ -71,7 +79,7 @@ function job({ prompt, newTokens, samples }: Shape, seed: number): Job<number[][
   const perSample = Math.ceil((prompt + newTokens) / BLOCK_SIZE) + 1;
   return {
     requestId: `request-${nextRequest++}`,
-    caller: { name: '', weight: 1 },
+    caller: { name: '', weight: 1, maxStreams: null, maxTokensPerMinute: null },
     priority: 0,
     timeoutMs: null,
     promptTokens: prompt,
@@ -87,9 +95,22 @@ async function alone(shape: Shape, seed: number): Promise<number[][]> {
 }
 
 const shape = fc.record({
-  prompt: fc.integer({ min: 1, max: 30 }),
+  prompt: fc.constantFrom(1, 5, 18, 24, 33, 45),
   newTokens: fc.integer({ min: 1, max: 12 }),
   samples: fc.integer({ min: 1, max: 4 }),
+});
+
+/** How a request comes and goes; `seed` from a few, so that some ask the same. */
+const arrival = fc.record({
+  shape,
+  seed: fc.integer({ min: 0, max: 5 }),
+  key: fc.constantFrom('a', 'b', 'c'),
+  weight: fc.constantFrom(1, 3),
+  priority: fc.constantFrom(0, 0, 0, 1, -1),
+  /** Turns of the event loop before it comes. */
+  delay: fc.integer({ min: 0, max: 12 }),
+  /** Turns after which it is cancelled. */
+  cancelAfter: fc.option(fc.integer({ min: 0, max: 20 }), { freq: 4, nil: null }),
 });
 
 // Not three in a row: that would look as if the requests did it.
@@ -98,17 +119,54 @@ const lostSteps = fc.uniqueArray(
   { maxLength: 4 },
 );
 
-test('a request gives the same tokens among others, with few blocks, and when ranks are lost', async () => {
+const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
+
+test('whatever comes and goes, a request gives the tokens that it gives alone, and no block is lost', async () => {
+  const seen = { preemptions: 0, hits: 0, sliced: 0, evictions: 0, cancelled: 0 };
   await fc.assert(
-    fc.asyncProperty(fc.array(shape, { minLength: 1, maxLength: 12 }), lostSteps, async (shapes, lost) => {
-      const { loop } = start({ kvBlocks: 64, lostSteps: new Set(lost) });
-      const tickets = shapes.map((each, seed) => loop.submit(job(each, seed)));
-      const together = await Promise.all(tickets.map(async ({ done }) => (await done).value));
-      expect(together).toEqual(await Promise.all(shapes.map(alone)));
-      expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
-    }),
-    { numRuns: 60 },
+    fc.asyncProperty(
+      fc.array(arrival, { minLength: 1, maxLength: 14 }),
+      fc.oneof({ weight: 2, arbitrary: fc.constant([]) }, { weight: 1, arbitrary: lostSteps }),
+      fc.constantFrom(72, 100, 256),
+      async (arrivals, lost, kvBlocks) => {
+        const { loop, engine } = start({ kvBlocks, lostSteps: new Set(lost) });
+        const outcomes = await Promise.all(
+          arrivals.map(async ({ shape: asked, seed, key, weight, priority, delay, cancelAfter }) => {
+            for (let i = 0; i < delay; i++) await turn();
+            const caller = { name: key, weight, maxStreams: null, maxTokensPerMinute: null };
+            const ticket = loop.submit({ ...job(asked, seed), caller, priority });
+            if (cancelAfter !== null) {
+              void (async () => {
+                for (let i = 0; i < cancelAfter; i++) await turn();
+                ticket.cancel();
+              })();
+            }
+            return ticket.done.then(
+              ({ value }) => value,
+              (error: unknown) => {
+                expect(error).toBeInstanceOf(CancelledError);
+                return null;
+              },
+            );
+          }),
+        );
+        const { kv, preemptions, contextCache, running, queued, cancelled } = loop.snapshot();
+        for (const [i, outcome] of outcomes.entries()) {
+          if (outcome) expect(outcome).toEqual(await alone(arrivals[i]!.shape, arrivals[i]!.seed));
+        }
+        expect({ running, queued, used: kv.usedBlocks }).toEqual({ running: 0, queued: 0, used: 0 });
+        expect(kv.freeBlocks + kv.cachedBlocks).toBe(kv.totalBlocks);
+        seen.preemptions += preemptions;
+        seen.hits += contextCache.hits;
+        seen.evictions += contextCache.evictions;
+        seen.cancelled += cancelled;
+        seen.sliced += engine.history.flat().filter(({ firstLayer }) => firstLayer > 0).length;
+      },
+    ),
+    { numRuns: 150 },
   );
+  // The test has seen what it is about.
+  for (const count of Object.values(seen)) expect(count).toBeGreaterThan(0);
 });
 
 test('requests that arrive together decode in the same steps', async () => {
@@ -140,7 +198,7 @@ test('a cancelled request frees its blocks and the others go on', async () => {
   setTimeout(() => doomed.cancel(), 1);
   await expect(doomed.done).rejects.toThrow(CancelledError);
   expect((await other.done).value).toEqual(await alone({ prompt: 5, newTokens: 10, samples: 1 }, 2));
-  expect(loop.snapshot()).toMatchObject({ cancelled: 1, finished: 1, running: 0, kv: { usedBlocks: 0, reservedBlocks: 0 } });
+  expect(loop.snapshot()).toMatchObject({ cancelled: 1, finished: 1, running: 0, kv: { usedBlocks: 0 } });
 });
 
 test('an error of the engine ends the requests of that step with it, not the server', async () => {
@@ -152,7 +210,7 @@ test('an error of the engine ends the requests of that step with it, not the ser
       return Promise.reject(new EngineError('extends[0].tokens: refused'));
     }
   }
-  const engine = new Failing({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997 });
+  const engine = new Failing({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997 });
   const loop = new ServingLoop(engine, limits, log);
   open.push(loop);
   await expect(loop.submit(job({ prompt: 5, newTokens: 2, samples: 1 }, 0)).done).rejects.toThrow('extends[0].tokens: refused');
@@ -167,7 +225,7 @@ test('when no rank comes back all requests end with a WorkerLostError and new on
       return Promise.reject(new WorkerLostError('worker 1 ended 6 times within a minute'));
     }
   }
-  const engine = new Lost({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, lostSteps: new Set([2]) });
+  const engine = new Lost({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997, lostSteps: new Set([2]) });
   const loop = new ServingLoop(engine, limits, log);
   open.push(loop);
   const tickets: Ticket<unknown>[] = [0, 1].map((seed) => loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, seed)));
@@ -191,7 +249,7 @@ test('a request that ends every epoch fails alone, and the others go on', async 
       return super.step(step);
     }
   }
-  const loop = new ServingLoop(new Poisoned({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997 }), limits, log);
+  const loop = new ServingLoop(new Poisoned({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997 }), limits, log);
   open.push(loop);
   const before = loop.submit(job({ prompt: 5, newTokens: 30, samples: 2 }, 1));
   const poison = loop.submit(job({ prompt: 23, newTokens: 3, samples: 1 }, 2));
@@ -207,25 +265,25 @@ test('a request can be cancelled while there are no workers', async () => {
       return new Promise(() => {});
     }
   }
-  const engine = new Absent({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 64, vocabSize: 997, lostSteps: new Set([2]) });
+  const engine = new Absent({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997, lostSteps: new Set([2]) });
   const loop = new ServingLoop(engine, limits, log);
   open.push(loop);
   const ticket = loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, 0));
   setTimeout(() => ticket.cancel(), 20);
   await expect(ticket.done).rejects.toThrow(CancelledError);
-  expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+  expect(loop.snapshot().kv).toMatchObject({ usedBlocks: 0 });
 });
 
 test('a request that needs more blocks than it reserved fails, and the loop goes on', async () => {
   const { loop } = start({ kvBlocks: 8 });
   const greedy = loop.submit({ ...job({ prompt: 30, newTokens: 30, samples: 1 }, 1), maxBlocks: 1 });
-  await expect(greedy.done).rejects.toThrow('no free KV block of 8');
+  await expect(greedy.done).rejects.toThrow('it needs more KV blocks than the 1 that were foreseen');
   const modest = loop.submit(job({ prompt: 4, newTokens: 2, samples: 1 }, 2));
   expect((await modest.done).value).toEqual(await alone({ prompt: 4, newTokens: 2, samples: 1 }, 2));
 });
 
 test('a full queue refuses with its limit', () => {
   const { loop } = start({ kvBlocks: 8 });
-  for (let i = 0; i < limits.maxQueued; i++) loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, i)).done.catch(() => {});
+  for (let i = 0; i < limits.maxQueuedRequests; i++) loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, i)).done.catch(() => {});
   expect(() => loop.submit(job({ prompt: 5, newTokens: 4, samples: 1 }, 0))).toThrow('100 requests are waiting, the queue takes 100');
 });

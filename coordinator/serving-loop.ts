@@ -1,38 +1,48 @@
-import type { Caller } from './access/caller.js';
 import {
   CancelledError,
+  DeadlineError,
   EngineError,
   InvalidRequestError,
+  NotFoundError,
   NotReadyError,
   QueueFullError,
+  RateLimitedError,
   TandemError,
   WorkerLostError,
 } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
+import type { Caller } from './access/caller.js';
+import { ActiveRequest, PendingRun } from './active-request.js';
+import { contextKeyOf } from './context-key.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
-import type { RequestTimings } from './status/observer.js';
 import { BlockManager } from './scheduler/block-manager.js';
-import { schedule, type PendingExtend, type StepLimits } from './scheduler/schedule.js';
+import { ContextCache } from './scheduler/context-cache.js';
+import { schedule, type SliceUnderWay, type StepLimits, type StepPlan } from './scheduler/schedule.js';
 import {
+  adoptContext,
   appendTokens,
   applyRun,
   createSequence,
+  evictSequences,
   forkSequence,
   loseCache,
   prepareRun,
   recomputedBlocks,
-  refreshCache,
   releaseSequence,
+  restoreSequences,
   type Run,
   type SequenceState,
 } from './scheduler/sequence.js';
+import { TokenBucket } from './scheduler/token-bucket.js';
+import type { ActiveSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
+import { type LoopObserver, NO_OBSERVER, type RequestTimings } from './status/observer.js';
 
-/** One request as the loop sees it: a strategy to drive, and what it can come to need. */
+/** One request as the loop sees it: a strategy to drive, how it is to be scheduled, and what it can come to need. */
 export interface Job<R> {
   /** Unique among the requests that wait or run. */
   readonly requestId: string;
-  readonly caller: Pick<Caller, 'name' | 'weight'>;
+  readonly caller: Pick<Caller, 'name' | 'weight' | 'maxStreams' | 'maxTokensPerMinute'>;
   /** Higher goes first. */
   readonly priority: number;
   /** From submission to the end, waiting included; null: none. */
@@ -42,6 +52,8 @@ export interface Job<R> {
   readonly maxBlocks: number;
   /** Sequences that it can have at once, at worst. */
   readonly maxSequences: number;
+  /** W3C trace context of the caller, for the traces. */
+  readonly traceParent?: string | undefined;
   start(sequences: Sequences): Strategy<R>;
 }
 
@@ -49,55 +61,63 @@ export interface Ticket<R> {
   readonly requestId: string;
   /** Rejects with a TandemError. */
   readonly done: Promise<Completed<R>>;
-  /** Ends the request before the next step; `done` rejects with a CancelledError. No effect once it has ended. */
-  cancel(): void;
+  /** Ends the request before the next step; `done` rejects with the error, a CancelledError if none is given. No effect once it has ended. */
+  cancel(reason?: TandemError): void;
 }
 
 export interface Completed<R> {
   readonly value: R;
   readonly timings: RequestTimings;
+  /** Prompt tokens that were found computed. */
+  readonly cachedPromptTokens: number;
 }
 
-export interface LoopSnapshot {
-  readonly running: number;
-  readonly queued: number;
-  readonly finished: number;
-  readonly failed: number;
-  readonly cancelled: number;
-  readonly steps: number;
-  readonly computeMs: number;
-  readonly collectiveMs: number;
-  readonly promptTokens: number;
-  readonly generatedTokens: number;
-  readonly kv: { blockSize: number; totalBlocks: number; usedBlocks: number; peakUsedBlocks: number; reservedBlocks: number };
+export interface LoopLimits extends Omit<StepLimits, 'numLayers'> {
+  /** Tokens of the longest run that the engine takes. */
+  readonly maxBatchTokens: number;
+  /** KV blocks of contexts that nobody uses at the moment. */
+  readonly contextCacheBlocks: number;
+  readonly maxQueuedRequests: number;
+  readonly maxQueuedTokens: number;
+  readonly maxStreamsPerKey: number;
+  /** 0: any. */
+  readonly maxTokensPerMinute: number;
 }
 
-interface Active {
-  readonly id: number;
-  readonly reserveBlocks: number;
-  readonly arrivalMs: number;
-  readonly sequences: Map<number, SequenceState>;
-  strategy: Strategy<unknown>;
-  /** The Extends of the current yield; results fill up until all are there. */
-  pending: { readonly extendId: number; readonly op: ExtendOp; readonly sequence: SequenceState }[];
-  extendIds: number[];
-  results: Map<number, ExtendResult>;
-  firstStepMs: number | null;
-  firstResultMs: number | null;
-  cancelled: boolean;
-  /** Epochs that ended in one of its steps since its last step that went well. */
-  lostSteps: number;
-  readonly resolve: (value: Completed<unknown>) => void;
-  readonly reject: (error: Error) => void;
+/** What the loop knows of an API key. */
+interface KeyState {
+  readonly name: string;
+  weight: number;
+  /** Virtual token counter. */
+  counter: number;
+  /** Highest priority first, then oldest. */
+  readonly queue: ActiveRequest[];
+  /** Requests that wait or run. */
+  streams: number;
+  bucket: TokenBucket | null;
 }
 
-export interface LoopLimits extends StepLimits {
-  /** Requests that may wait for admission. */
-  readonly maxQueued: number;
+interface PlannedRun extends Run {
+  readonly pending: PendingRun;
+}
+
+/** The run that goes through the layers over several steps. */
+interface SlicedRun extends SliceUnderWay {
+  readonly extend: PendingRun;
+  readonly run: PlannedRun;
+}
+
+interface PlannedStep {
+  readonly whole: readonly PlannedRun[];
+  readonly slice: (SlicedRun & { readonly firstLayer: number; readonly endLayer: number }) | null;
+  readonly blockCopies: number[];
 }
 
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
+const MOST_LISTED = 200;
+const LEAST_RETRY_MS = 1000;
+const MOST_RETRY_MS = 60_000;
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -105,50 +125,72 @@ const SUSPECT_AFTER = 2;
  */
 export class ServingLoop {
   private readonly blocks: BlockManager;
-  private readonly waiting: Active[] = [];
-  private readonly running = new Map<number, Active>();
+  private readonly contexts: ContextCache;
+  private readonly keys = new Map<string, KeyState>();
+  private readonly byRequestId = new Map<string, ActiveRequest>();
+  /** Highest priority first, then oldest. */
+  private readonly running: ActiveRequest[] = [];
+  private slice: SlicedRun | null = null;
+  /** Of contexts that were adopted without a run; they go first in the next step. */
+  private carriedCopies: number[] = [];
+  /** Requests that are to end before the next step. */
+  private ending: ActiveRequest[] = [];
+  /** What strategies hand to clients, until the next step is on its way. */
+  private deferred: (() => void)[] = [];
   private nextId = 1;
   private nextSequenceId = 1;
-  private nextExtendId = 1;
-  private reservedBlocks = 0;
+  private queuedRequests = 0;
+  private queuedTokens = 0;
   private readonly totals = {
     finished: 0,
     failed: 0,
     cancelled: 0,
+    expired: 0,
+    rejected: 0,
+    preemptions: 0,
     steps: 0,
-    computeMs: 0,
-    collectiveMs: 0,
+    stepSeconds: 0,
+    collectiveSeconds: 0,
     promptTokens: 0,
     generatedTokens: 0,
   };
+  private readonly rankSeconds: { computeSeconds: number; collectiveSeconds: number }[] = [];
   private wake: (() => void) | null = null;
   private closed = false;
+  private draining = false;
+  private idle: (() => void)[] = [];
   /** Set when the engine is gone for good. */
   private engineLost: TandemError | null = null;
+  /** Requests ended per millisecond, a moving mean: how fast the backlog goes. */
+  private endRate = 0;
+  private lastEndMs: number;
+  private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
 
   constructor(
     private readonly engine: Engine,
     private readonly limits: LoopLimits,
     private readonly log: Logger,
+    private readonly observer: LoopObserver = NO_OBSERVER,
     private readonly now: () => number = () => performance.now(),
   ) {
-    this.blocks = new BlockManager(engine.capacity.kvBlocks, engine.capacity.blockSize);
+    const { kvBlocks, blockSize, numLayers } = engine.capacity;
+    this.blocks = new BlockManager(kvBlocks, blockSize);
+    this.contexts = new ContextCache(this.blocks, Math.min(limits.contextCacheBlocks, kvBlocks));
+    this.stepLimits = { stepTokens: limits.stepTokens, maxExtends: limits.maxExtends, numLayers };
+    this.lastEndMs = this.now();
     this.loop = this.run().catch((error: unknown) => this.giveUp(error));
   }
 
   /** Queues a request. Its strategy runs up to its first Extends at once, so whatever it refuses is thrown here. */
   submit<R>(job: Job<R>): Ticket<R> {
-    if (this.closed) throw new NotReadyError('the server is shutting down');
-    if (this.engineLost) throw new NotReadyError(this.engineLost.message);
-    if (this.waiting.length >= this.limits.maxQueued) {
-      throw new QueueFullError(`${this.waiting.length} requests are waiting, the queue takes ${this.limits.maxQueued}: try again later`);
-    }
-    if (job.maxBlocks > this.blocks.totalBlocks) {
-      const { totalBlocks, blockSize } = this.blocks;
-      throw new InvalidRequestError(
-        `the request can need ${job.maxBlocks} KV blocks of ${blockSize} tokens, the server has ${totalBlocks}: ask for fewer new tokens, samples or beams, or start the server with more --kv-blocks`,
-      );
+    const key = this.keyOf(job);
+    try {
+      this.checkAdmission(job, key);
+    } catch (error) {
+      this.totals.rejected += 1;
+      this.forgetIfIdle(key);
+      throw error;
     }
     let resolve!: (value: Completed<unknown>) => void;
     let reject!: (error: Error) => void;
@@ -156,59 +198,80 @@ export class ServingLoop {
       resolve = yes;
       reject = no;
     });
-    const active: Active = {
-      id: this.nextId++,
-      reserveBlocks: job.maxBlocks,
-      arrivalMs: this.now(),
-      sequences: new Map(),
-      strategy: undefined as unknown as Strategy<unknown>,
-      pending: [],
-      extendIds: [],
-      results: new Map(),
-      firstStepMs: null,
-      firstResultMs: null,
-      cancelled: false,
-      lostSteps: 0,
-      resolve,
-      reject,
-    };
-    active.strategy = job.start(this.sequencesOf(active));
-    const first = active.strategy.next();
     done.catch(() => {}); // the caller may look at it late
-    if (first.done) this.finish(active, first.value);
+    const request = new ActiveRequest(this.nextId++, job, this.now(), resolve, reject);
+    request.strategy = job.start(this.sequencesOf(request));
+    const first = request.strategy.next();
+    if (key.streams === 0) this.activate(key);
+    key.streams += 1;
+    key.bucket?.take(job.promptTokens, request.arrivalMs);
+    this.byRequestId.set(job.requestId, request);
+    this.enqueue(request);
+    if (job.timeoutMs !== null) {
+      const expire = (): void => this.endLater(request, new DeadlineError(`not done within its ${job.timeoutMs} ms`));
+      request.deadline = setTimeout(expire, Math.min(job.timeoutMs, 2 ** 31 - 1)).unref();
+    }
+    if (first.done) this.finish(request, first.value);
     else {
-      this.takeOps(active, first.value);
-      this.waiting.push(active);
+      try {
+        this.takeOps(request, first.value);
+      } catch (error) {
+        this.fail(request, error);
+      }
       this.wake?.();
     }
     return {
       requestId: job.requestId,
       done: done as Promise<Completed<R>>,
-      cancel: () => {
-        active.cancelled = true;
-        this.wake?.();
-      },
+      cancel: (reason) => this.endLater(request, reason ?? new CancelledError('the client cancelled the request')),
     };
   }
 
-  /** Counts tokens for the totals of the status page; strategies know what is a prompt and what is new. */
-  countTokens(promptTokens: number, generatedTokens: number): void {
-    this.totals.promptTokens += promptTokens;
-    this.totals.generatedTokens += generatedTokens;
+  /** @param owner name of the API key that may end it; null: anybody's @throws NotFoundError */
+  abort(requestId: string, owner: string | null): void {
+    const request = this.byRequestId.get(requestId);
+    if (!request || (owner !== null && request.key !== owner)) {
+      throw new NotFoundError(`no request ${requestId} waits or runs${owner ? ` for key ${owner}` : ''}: it may have ended`);
+    }
+    this.endLater(request, new CancelledError('the request was aborted'));
   }
 
-  abort(_requestId: string, _owner: string | null): void {}
-  async drain(_timeoutMs: number | null): Promise<number> {
-    return 0;
+  /** Refuses new requests from here on. @returns how many still waited or ran when the time was over; 0: none */
+  async drain(timeoutMs: number | null): Promise<number> {
+    this.draining = true;
+    if (this.byRequestId.size > 0) {
+      let timer: NodeJS.Timeout | undefined;
+      await Promise.race([
+        new Promise<void>((resolve) => this.idle.push(resolve)),
+        new Promise<void>((resolve) => {
+          if (timeoutMs !== null) timer = setTimeout(resolve, timeoutMs);
+        }),
+      ]);
+      clearTimeout(timer);
+    }
+    return this.byRequestId.size;
+  }
+
+  get isDraining(): boolean {
+    return this.draining;
+  }
+
+  /** Runs a client's callback once the next step is on its way, so that no rank waits for it. */
+  defer(callback: () => void): void {
+    this.deferred.push(callback);
   }
 
   snapshot(): LoopSnapshot {
-    const { blockSize, totalBlocks, usedBlocks, peakUsedBlocks } = this.blocks;
+    const { blockSize, totalBlocks, usedBlocks, cachedBlocks, freeBlocks, peakUsedBlocks } = this.blocks;
     return {
       ...this.totals,
-      running: this.running.size,
-      queued: this.waiting.length,
-      kv: { blockSize, totalBlocks, usedBlocks, peakUsedBlocks, reservedBlocks: this.reservedBlocks },
+      running: this.running.length,
+      queued: this.queuedRequests,
+      queuedTokens: this.queuedTokens,
+      kv: { blockSize, totalBlocks, usedBlocks, cachedBlocks, freeBlocks, peakUsedBlocks },
+      contextCache: this.contexts.stats,
+      ranks: this.rankSeconds.map((rank) => ({ ...rank })),
+      active: this.listActive(),
     };
   }
 
@@ -221,163 +284,421 @@ export class ServingLoop {
 
   private async run(): Promise<void> {
     while (!this.closed) {
-      this.dropCancelled();
-      const runs = this.planStep();
-      if (runs.length === 0) {
+      const startMs = this.now();
+      this.endFlagged();
+      const step = this.planStep();
+      if (!step) {
+        this.flush();
         await new Promise<void>((resolve) => (this.wake = resolve));
         this.wake = null;
         continue;
       }
+      const engineStep = this.toEngineStep(step, startMs);
+      const plannedMs = this.now();
       try {
-        const result = await this.step(runs);
-        this.apply(runs, result);
+        const result = this.engine.step(engineStep);
+        const sentMs = this.now();
+        this.flush();
+        const flushMs = this.now() - sentMs;
+        const answer = await result;
+        const answeredMs = this.now();
+        this.apply(step, answer, startMs);
+        this.observe(step, answer, {
+          scheduleMs: plannedMs - startMs,
+          roundTripMs: answeredMs - plannedMs,
+          emitMs: flushMs + this.now() - answeredMs,
+        });
       } catch (error) {
-        if (error instanceof EpochEndedError) await this.recover(runs, error);
+        if (error instanceof EpochEndedError) await this.recover(step, error);
         else if (error instanceof WorkerLostError) this.giveUp(error);
-        else this.failRequests(runs, error);
+        else this.failStep(step, error);
       }
     }
     this.failAll(new NotReadyError('the server is shutting down'));
+    this.flush();
   }
 
-  private planStep(): PlannedRun[] {
-    const toPending = (active: Active): PendingExtend[] =>
-      active.pending.map(({ extendId, sequence }) => {
-        refreshCache(sequence, this.blocks);
-        return { id: extendId, runTokens: sequence.length - sequence.cachedTokens };
-      });
-    const suspect = [...this.running.values()].find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
-    const candidates = suspect ? [suspect] : [...this.running.values()];
-    const waiting = suspect ? [] : this.waiting;
-    const plan = schedule(
-      {
-        pending: candidates.flatMap(toPending).sort((a, b) => a.id - b.id),
-        waiting: waiting.map((active) => ({ id: active.id, reserveBlocks: active.reserveBlocks, pending: toPending(active) })),
-        unreservedBlocks: this.blocks.totalBlocks - this.reservedBlocks,
-      },
-      this.limits,
-    );
-    for (const id of plan.admit) {
-      const active = this.waiting.shift()!;
-      if (active.id !== id) throw new Error('requests are admitted in arrival order');
-      this.reservedBlocks += active.reserveBlocks;
-      this.running.set(id, active);
-    }
-    const chosen = new Set(plan.run);
-    const recomputed = new Set<number>();
-    let hasLogits = false;
-    const planRun = (active: Active, { extendId, op, sequence }: Active['pending'][number]): PlannedRun[] => {
-      if (!chosen.has(extendId) || (op.want.kind === 'logits' && hasLogits)) return []; // one such answer fills a message
-      const again = recomputedBlocks(sequence, this.blocks);
-      if (again.some((block) => recomputed.has(block))) return []; // in the next step it finds them computed
-      for (const block of again) recomputed.add(block);
-      hasLogits ||= op.want.kind === 'logits';
-      return [{ ...prepareRun(sequence, this.blocks), active, extendId, op }];
-    };
-    return [...this.running.values()].flatMap((active) => {
-      try {
-        return active.pending.flatMap((pending) => planRun(active, pending));
-      } catch (error) {
-        this.fail(active, error); // a defect of one request is no reason to end the others
-        return [];
+  private planStep(): PlannedStep | null {
+    const heldBack: ActiveRequest[] = [];
+    for (;;) {
+      const plan = this.schedule();
+      if (plan.preempt) {
+        this.preempt(plan.preempt);
+        plan.preempt.isHeldBack = true;
+        heldBack.push(plan.preempt);
+        continue;
       }
-    });
+      for (const request of plan.admit) this.admit(request);
+      const computed = (plan.run as PendingRun[]).filter((pending) => pending.runTokens === 0);
+      if (computed.length === 0) {
+        const step = this.prepare(plan);
+        for (const request of heldBack.splice(0)) request.isHeldBack = false;
+        if (step) return step;
+        if (plan.run.length > 0 || plan.slice) continue; // what was chosen failed
+        const [stuck] = this.running;
+        if (!stuck) return null;
+        this.fail(stuck, new Error(`it needs more KV blocks than the ${stuck.job.maxBlocks} that were foreseen`));
+        continue;
+      }
+      for (const pending of computed) this.completeWithoutRun(pending);
+    }
   }
 
-  private step(runs: readonly PlannedRun[]): Promise<EngineStepResult> {
-    const startMs = this.now();
-    for (const { active } of runs) active.firstStepMs ??= startMs;
-    return this.engine.step({
-      blockCopies: runs.flatMap((run) => run.blockCopies),
-      extends: runs.map(({ sequence, firstToken, op }) => ({
+  private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
+    const suspect = this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
+    const queues: ActiveRequest[][] = [];
+    if (!suspect && this.queuedRequests > 0) for (const { queue } of this.keys.values()) if (queue.length > 0) queues.push(queue);
+    return schedule(
+      {
+        running: suspect ? [suspect] : this.running,
+        queues,
+        keys: this.keys,
+        slice: this.slice,
+        freeBlocks: this.blocks.availableBlocks,
+        totalBlocks: this.blocks.totalBlocks,
+      },
+      this.stepLimits,
+    );
+  }
+
+  /** Gives the chosen runs their blocks. A run that would write what another run of the step writes comes in a later step. */
+  private prepare(plan: StepPlan<ActiveRequest, ActiveRequest>): PlannedStep | null {
+    const blockCopies = this.carriedCopies;
+    const written = new Set(this.slice ? recomputedBlocks(this.slice.run.sequence, this.blocks) : []);
+    const prepareOne = (pending: PendingRun): PlannedRun | null => {
+      const { request, sequence, source } = pending;
+      if (request.state !== 'running') return null;
+      try {
+        if (source) this.adopt(pending, blockCopies);
+        const again = recomputedBlocks(sequence, this.blocks);
+        if (again.some((block) => written.has(block))) return null; // in the next step it finds them computed
+        for (const block of again) written.add(block);
+        if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
+        const run = prepareRun(sequence, this.blocks);
+        for (const block of run.blockCopies) blockCopies.push(block);
+        return { sequence, firstToken: run.firstToken, blockCopies: run.blockCopies, pending }; // written out: a spread is slow
+      } catch (error) {
+        this.fail(request, error); // a defect of one request is no reason to end the others
+        return null;
+      }
+    };
+    const whole: PlannedRun[] = [];
+    let hasLogits = false;
+    for (const pending of plan.run as PendingRun[]) {
+      const isLogits = pending.op.want.kind === 'logits';
+      if (isLogits && hasLogits) continue; // one such answer fills a message
+      const run = prepareOne(pending);
+      if (!run) continue;
+      hasLogits ||= isLogits;
+      whole.push(run);
+    }
+    let slice: PlannedStep['slice'] = null;
+    if (plan.slice) {
+      const extend = plan.slice.extend as PendingRun;
+      const run = this.slice?.extend === extend ? this.slice.run : prepareOne(extend);
+      if (run) slice = { ...plan.slice, extend, run, nextLayer: plan.slice.endLayer };
+    }
+    if (whole.length === 0 && !slice) return null;
+    this.carriedCopies = [];
+    for (const [name, charge] of plan.charges) this.keys.get(name)!.counter += charge;
+    return { whole, slice, blockCopies };
+  }
+
+  private adopt(pending: PendingRun, blockCopies: number[]): void {
+    const { request, sequence, source } = pending;
+    this.contexts.used(sequence.contextKey!, source!);
+    request.cachedPromptTokens = Math.max(request.cachedPromptTokens, source!.tokens);
+    for (const block of adoptContext(sequence, source!, this.blocks)) blockCopies.push(block);
+  }
+
+  /** All that it was to compute is there. */
+  private completeWithoutRun(pending: PendingRun): void {
+    const { request } = pending;
+    if (request.state !== 'running') return;
+    try {
+      if (pending.source) this.adopt(pending, this.carriedCopies);
+      this.complete(pending, { kind: 'none' });
+      if (request.pending.length === 0) this.resume(request);
+    } catch (error) {
+      this.fail(request, error);
+    }
+  }
+
+  private toEngineStep({ whole, slice, blockCopies }: PlannedStep, nowMs: number) {
+    const { numLayers } = this.engine.capacity;
+    const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
+      pending.request.firstStepMs ??= nowMs;
+      return {
         tokens: sequence.tokens.slice(firstToken),
         positions: sequence.positions.slice(firstToken),
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
         bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
-        firstLayer: 0,
-        endLayer: this.engine.capacity.numLayers,
-        want: op.want,
-      })),
-    });
+        firstLayer,
+        endLayer,
+        want: pending.op.want,
+      };
+    };
+    const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
+    if (slice) extendsOfStep.push(toExtend(slice.run, slice.firstLayer, slice.endLayer));
+    return { blockCopies, extends: extendsOfStep };
   }
 
-  private apply(runs: readonly PlannedRun[], step: EngineStepResult): void {
+  private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
+    const nowMs = this.now();
     this.totals.steps += 1;
-    this.totals.computeMs += Math.max(...step.ranks.map(({ computeMs }) => computeMs));
-    this.totals.collectiveMs += Math.max(...step.ranks.map(({ collectiveMs }) => collectiveMs));
-    const touched = new Set<Active>();
-    runs.forEach((run, i) => {
-      applyRun(run, this.blocks);
-      run.active.results.set(run.extendId, step.results[i]!);
-      run.active.pending = run.active.pending.filter(({ extendId }) => extendId !== run.extendId);
-      if (run.op.want.kind !== 'none') run.active.firstResultMs ??= this.now();
-      touched.add(run.active);
+    ranks.forEach(({ computeMs, collectiveMs }, rank) => {
+      const seconds = (this.rankSeconds[rank] ??= { computeSeconds: 0, collectiveSeconds: 0 });
+      seconds.computeSeconds += computeMs / 1000;
+      seconds.collectiveSeconds += collectiveMs / 1000;
     });
-    for (const active of touched) {
-      active.lostSteps = 0;
-      if (active.pending.length === 0) this.resume(active);
+    this.totals.stepSeconds += longest(ranks, 'computeMs') / 1000;
+    this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
+
+    const isSliceDone = slice !== null && slice.endLayer === this.engine.capacity.numLayers;
+    this.slice = slice && !isSliceDone ? slice : null;
+    const ran = slice ? [...whole, slice.run] : whole;
+    const touched = new Set<ActiveRequest>();
+    for (const [i, run] of ran.entries()) {
+      const { pending } = run;
+      const { request } = pending;
+      if (request.state !== 'running') continue;
+      touched.add(request);
+      if (run === slice?.run && !isSliceDone) continue;
+      applyRun(run, this.blocks);
+      if (run.firstToken < run.sequence.contextTokens) this.contexts.add(run.sequence);
+      const result = results[i]!;
+      if (result.kind === 'error') this.fail(request, new EngineError(result.message));
+      else this.complete(pending, result);
+    }
+    for (const request of touched) {
+      request.lostSteps = 0;
+      request.busyMs += nowMs - startMs;
+      if (request.state !== 'running' || request.pending.length > 0) continue;
+      if (request.results.some(carriesTokens)) this.observeTokens(request, nowMs);
+      this.resume(request);
     }
   }
 
-  private resume(active: Active): void {
+  private complete(pending: PendingRun, result: ExtendResult): void {
+    const { request } = pending;
+    request.results[pending.index] = result;
+    request.pending = request.pending.length === 1 ? [] : request.pending.filter((each) => each !== pending);
+  }
+
+  private observeTokens(request: ActiveRequest, nowMs: number): void {
+    if (request.firstResultMs === null) {
+      request.firstResultMs = nowMs;
+      this.observer.firstToken(nowMs - request.arrivalMs);
+    } else this.observer.interToken(nowMs - request.lastTokensMs);
+    request.lastTokensMs = nowMs;
+    let tokens = 0;
+    for (const { kind } of request.results) if (kind === 'sample') tokens += 1;
+    if (tokens === 0 && request.results[0]!.kind === 'candidates') tokens = 1; // of the best beam
+    request.generatedTokens += tokens;
+    this.totals.generatedTokens += tokens;
+    this.keys.get(request.key)!.bucket?.take(tokens, nowMs);
+  }
+
+  private observe(
+    { whole, slice }: PlannedStep,
+    { ranks, evaluateMs, codecMs }: EngineStepResult,
+    { scheduleMs, roundTripMs, emitMs }: { scheduleMs: number; roundTripMs: number; emitMs: number },
+  ): void {
+    const stepMs = longest(ranks, 'computeMs');
+    const allReduceMs = longest(ranks, 'collectiveMs');
+    let decodeTokens = 0;
+    let prefillTokens = slice ? (runLength(slice.run) * (slice.endLayer - slice.firstLayer)) / this.stepLimits.numLayers : 0;
+    for (const run of whole) {
+      const length = runLength(run);
+      if (length === 1) decodeTokens += 1;
+      else prefillTokens += length;
+    }
+    this.observer.step({
+      scheduleMs,
+      wireMs: Math.max(0, roundTripMs - stepMs),
+      codecMs,
+      computeMs: Math.max(0, stepMs - allReduceMs - evaluateMs),
+      allReduceMs,
+      sampleMs: evaluateMs,
+      emitMs,
+      ranks,
+      decodeTokens,
+      prefillTokens,
+      extends: whole.length + (slice ? 1 : 0),
+    });
+  }
+
+  private resume(request: ActiveRequest): void {
     try {
-      const results = active.extendIds.map((id) => active.results.get(id)!);
-      const next = active.strategy.next(results);
-      if (next.done) this.finish(active, next.value);
-      else this.takeOps(active, next.value);
+      const next = request.strategy.next(request.results);
+      if (next.done) this.finish(request, next.value);
+      else this.takeOps(request, next.value);
     } catch (error) {
-      this.fail(active, error);
+      this.fail(request, error);
     }
   }
 
-  private takeOps(active: Active, ops: readonly ExtendOp[]): void {
+  private takeOps(request: ActiveRequest, ops: readonly ExtendOp[]): void {
     if (ops.length === 0) throw new Error('a strategy yielded no Extend');
-    active.results = new Map();
-    active.pending = ops.map((op) => {
-      const sequence = active.sequences.get(op.sequence.id);
+    request.results = new Array<ExtendResult>(ops.length);
+    request.pending = ops.map((op, i) => {
+      const sequence = request.sequences.get(op.sequence.id);
       if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
+      const isNew = sequence.length === 0;
       appendTokens(sequence, op);
-      if (sequence.length - sequence.cachedTokens > this.limits.maxBatchTokens) {
+      if (isNew) sequence.contextKey = contextKeyOf(request.key, op, sequence.contextTokens);
+      if (sequence.length > this.limits.maxBatchTokens) {
         throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
       }
-      return { extendId: this.nextExtendId++, op, sequence };
+      return new PendingRun(request, i, op, sequence, this.blocks, this.contexts);
     });
-    active.extendIds = active.pending.map(({ extendId }) => extendId);
   }
 
-  private sequencesOf(active: Active): Sequences {
+  private sequencesOf(request: ActiveRequest): Sequences {
     const own = (sequence: Sequence): SequenceState => {
-      const state = active.sequences.get(sequence.id);
+      const state = request.sequences.get(sequence.id);
       if (!state) throw new Error(`sequence ${sequence.id} is released or another request's`);
       return state;
     };
     const add = (state: SequenceState): SequenceState => {
-      active.sequences.set(state.id, state);
+      request.sequences.set(state.id, state);
       return state;
     };
     return {
       create: () => add(createSequence(this.nextSequenceId++)),
       fork: (parent) => add(forkSequence(this.nextSequenceId++, own(parent), this.blocks)),
       release: (sequence) => {
-        releaseSequence(own(sequence), this.blocks);
-        active.sequences.delete(sequence.id);
+        const state = own(sequence);
+        releaseSequence(state, this.blocks, this.contexts.leave(state, request.sequences.values()));
+        request.sequences.delete(state.id);
       },
     };
   }
 
+  /** @throws TandemError */
+  private checkAdmission({ requestId, caller, promptTokens, maxBlocks }: Job<unknown>, key: KeyState): void {
+    const { limits } = this;
+    if (this.closed) throw new NotReadyError('the server is shutting down');
+    if (this.draining) throw new NotReadyError('the server is draining and takes no new requests: ask another one');
+    if (this.engineLost) throw new NotReadyError(this.engineLost.message);
+    const { totalBlocks, blockSize } = this.blocks;
+    if (maxBlocks > totalBlocks) {
+      throw new InvalidRequestError(
+        `the request can need ${maxBlocks} KV blocks of ${blockSize} tokens, the server has ${totalBlocks}: ask for fewer new tokens, samples or beams, or start the server with more --kv-blocks`,
+      );
+    }
+    if (this.byRequestId.has(requestId)) {
+      throw new InvalidRequestError(`a request with the id ${requestId} waits or runs already: give another`, 'options.request_id');
+    }
+    const maxStreams = Math.min(caller.maxStreams ?? Infinity, limits.maxStreamsPerKey);
+    if (key.streams >= maxStreams) {
+      throw new RateLimitedError(
+        `${of(key)} has ${key.streams} requests under way, allowed are ${maxStreams}: wait for one to end`,
+        this.retryAfterMs(1),
+      );
+    }
+    const waitMs = key.bucket?.waitMs(promptTokens, this.now()) ?? 0;
+    if (waitMs > 0) {
+      throw new RateLimitedError(
+        `${of(key)} has used up its ${key.bucket!.perMinute} tokens per minute, the prompt has ${promptTokens}: try again in ${Math.ceil(waitMs / 1000)} s`,
+        waitMs,
+      );
+    }
+    const retryMs = this.retryAfterMs(this.queuedRequests);
+    const retry = `try again in ${Math.ceil(retryMs / 1000)} s`;
+    if (this.queuedRequests >= limits.maxQueuedRequests) {
+      throw new QueueFullError(
+        `${this.queuedRequests} requests are waiting, the queue takes ${limits.maxQueuedRequests}: ${retry}`,
+        retryMs,
+      );
+    }
+    if (this.queuedRequests > 0 && this.queuedTokens + promptTokens > limits.maxQueuedTokens) {
+      throw new QueueFullError(
+        `prompts of ${this.queuedTokens} tokens are waiting, the queue takes ${limits.maxQueuedTokens} and this one has ${promptTokens}: ${retry}`,
+        retryMs,
+      );
+    }
+  }
+
+  /** When so many requests will have left, as fast as they do now. */
+  private retryAfterMs(requests: number): number {
+    const estimate = this.endRate > 0 ? requests / this.endRate : LEAST_RETRY_MS;
+    return Math.min(MOST_RETRY_MS, Math.max(LEAST_RETRY_MS, estimate));
+  }
+
+  private keyOf({ caller }: Job<unknown>): KeyState {
+    const perMinute = Math.min(caller.maxTokensPerMinute ?? Infinity, this.limits.maxTokensPerMinute || Infinity);
+    let key = this.keys.get(caller.name);
+    if (!key) this.keys.set(caller.name, (key = { name: caller.name, weight: 1, counter: 0, queue: [], streams: 0, bucket: null }));
+    key.weight = caller.weight;
+    if (key.bucket?.perMinute !== perMinute) key.bucket = perMinute === Infinity ? null : new TokenBucket(perMinute, this.now());
+    return key;
+  }
+
+  /** A key that comes back has no claim to what it did not use: its counter begins at the lowest of the others'. */
+  private activate(key: KeyState): void {
+    let lowest = Infinity;
+    for (const each of this.keys.values()) if (each.streams > 0) lowest = Math.min(lowest, each.counter);
+    if (lowest < Infinity) key.counter = Math.max(key.counter, lowest);
+  }
+
+  /** Keys come from a file, but the last one may have been taken out of it. */
+  private forgetIfIdle(key: KeyState): void {
+    if (key.streams === 0 && !key.bucket && this.keys.size > 1000) this.keys.delete(key.name);
+  }
+
+  private enqueue(request: ActiveRequest): void {
+    insert(this.keys.get(request.key)!.queue, request);
+    request.state = 'waiting';
+    this.queuedRequests += 1;
+    this.queuedTokens += request.job.promptTokens;
+  }
+
+  private dequeue(request: ActiveRequest): void {
+    const { queue } = this.keys.get(request.key)!;
+    queue.splice(queue.indexOf(request), 1);
+    this.queuedRequests -= 1;
+    this.queuedTokens -= request.job.promptTokens;
+  }
+
+  private admit(request: ActiveRequest): void {
+    this.dequeue(request);
+    request.state = 'running';
+    insert(this.running, request);
+    if (!request.isPreempted) return;
+    request.isPreempted = false;
+    restoreSequences(request.sequences.values(), this.blocks, (key) => this.contexts.find(key));
+  }
+
+  /** Its blocks go to somebody who is worth more; it waits, and goes on with what it has generated. */
+  private preempt(request: ActiveRequest): void {
+    this.log.debug({ requestId: request.job.requestId }, 'preempted for lack of KV blocks');
+    if (this.slice?.run.pending.request === request) this.slice = null;
+    evictSequences(request.sequences.values(), this.blocks, (sequence) => this.contexts.leave(sequence, request.sequences.values()));
+    this.running.splice(this.running.indexOf(request), 1);
+    request.isPreempted = true;
+    request.preemptions += 1;
+    this.totals.preemptions += 1;
+    this.observer.preempted();
+    this.enqueue(request);
+  }
+
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
-  private async recover(runs: readonly PlannedRun[], ended: EpochEndedError): Promise<void> {
-    this.log.warn({ running: this.running.size, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
+  private async recover(step: PlannedStep, ended: EpochEndedError): Promise<void> {
+    this.log.warn({ running: this.running.length, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
+    this.slice = null;
+    this.carriedCopies = [];
     this.blocks.loseContents();
-    for (const active of this.running.values()) for (const sequence of active.sequences.values()) loseCache(sequence);
-    const involved = new Set(runs.map(({ active }) => active));
-    for (const active of involved) {
-      active.lostSteps += 1;
-      if (involved.size === 1 && active.lostSteps > SUSPECT_AFTER) {
+    this.contexts.clear();
+    for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence);
+    const involved = new Set(requestsOf(step));
+    for (const request of involved) {
+      request.lostSteps += 1;
+      if (involved.size === 1 && request.lostSteps > SUSPECT_AFTER) {
         this.fail(
-          active,
-          new EngineError(`the workers were lost ${active.lostSteps} times in this request's steps, last: ${ended.message}`),
+          request,
+          new EngineError(`the workers were lost ${request.lostSteps} times in this request's steps, last: ${ended.message}`),
         );
       }
     }
@@ -393,7 +714,8 @@ export class ServingLoop {
       },
     );
     while (!this.closed) {
-      this.dropCancelled();
+      this.endFlagged();
+      this.flush();
       if (outcome) break;
       await new Promise<void>((resolve) => (this.wake = resolve));
     }
@@ -404,62 +726,167 @@ export class ServingLoop {
   /** No step can run any more. */
   private giveUp(error: unknown): void {
     if (!(error instanceof TandemError)) this.log.error({ err: error }, 'serving ended by a defect');
-    this.engineLost = error instanceof TandemError ? error : new EngineError(error instanceof Error ? error.message : String(error));
+    this.engineLost = toTandemError(error);
     this.failAll(this.engineLost);
   }
 
-  private dropCancelled(): void {
-    for (let i = this.waiting.length - 1; i >= 0; i--) {
-      if (this.waiting[i]!.cancelled) this.fail(this.waiting.splice(i, 1)[0]!, new CancelledError('the client cancelled the request'));
-    }
-    for (const active of this.running.values()) {
-      if (active.cancelled) this.fail(active, new CancelledError('the client cancelled the request'));
-    }
+  private endLater(request: ActiveRequest, reason: TandemError): void {
+    if (request.state === 'ended' || request.ending) return;
+    request.ending = reason;
+    this.ending.push(request);
+    this.wake?.();
   }
 
-  private failRequests(runs: readonly PlannedRun[], error: unknown): void {
-    for (const active of new Set(runs.map((run) => run.active))) this.fail(active, error);
+  private endFlagged(): void {
+    if (this.ending.length === 0) return;
+    for (const request of this.ending.splice(0)) if (request.state !== 'ended') this.fail(request, request.ending);
+  }
+
+  private failStep(step: PlannedStep, error: unknown): void {
+    this.slice = null;
+    for (const request of new Set(requestsOf(step))) if (request.state !== 'ended') this.fail(request, error);
   }
 
   private failAll(error: Error): void {
-    for (const active of [...this.waiting.splice(0), ...this.running.values()]) this.fail(active, error);
+    for (const request of [...this.byRequestId.values()]) this.fail(request, error);
   }
 
-  private finish(active: Active, value: unknown): void {
-    const endMs = this.now();
-    this.release(active);
+  private finish(request: ActiveRequest, value: unknown): void {
     this.totals.finished += 1;
-    const firstStepMs = active.firstStepMs ?? endMs;
-    const firstResultMs = active.firstResultMs ?? endMs;
-    active.resolve({
-      value,
-      timings: {
-        queueMs: firstStepMs - active.arrivalMs,
-        prefillMs: firstResultMs - firstStepMs,
-        decodeMs: endMs - firstResultMs,
-        stallMs: 0,
-      },
+    const timings = this.end(request, 'finished', null);
+    request.resolve({ value, timings, cachedPromptTokens: request.cachedPromptTokens });
+  }
+
+  private fail(request: ActiveRequest, error: unknown): void {
+    const outcome = error instanceof CancelledError ? 'cancelled' : error instanceof DeadlineError ? 'expired' : 'failed';
+    this.totals[outcome] += 1;
+    const { requestId } = request.job;
+    if (!(error instanceof TandemError)) this.log.error({ requestId, err: error }, 'a request failed by a defect');
+    const typed = toTandemError(error);
+    this.end(request, outcome, typed);
+    request.reject(typed);
+  }
+
+  private end(request: ActiveRequest, outcome: 'finished' | 'failed' | 'cancelled' | 'expired', error: TandemError | null): RequestTimings {
+    const { job, arrivalMs } = request;
+    const endMs = this.now();
+    if (error) request.strategy.return(undefined); // its `finally`s run; what it still holds is released below
+    if (request.state === 'waiting') this.dequeue(request);
+    else this.running.splice(this.running.indexOf(request), 1);
+    request.state = 'ended';
+    if (this.slice?.run.pending.request === request) this.slice = null;
+    for (const sequence of request.sequences.values()) {
+      const kept = request.isPreempted ? 0 : this.contexts.leave(sequence, request.sequences.values());
+      releaseSequence(sequence, this.blocks, kept);
+    }
+    request.sequences.clear();
+    request.pending = [];
+    if (request.deadline) clearTimeout(request.deadline);
+    const key = this.keys.get(request.key)!;
+    key.streams -= 1;
+    this.forgetIfIdle(key);
+    this.byRequestId.delete(job.requestId);
+    this.countEnd(endMs);
+
+    const firstStepMs = request.firstStepMs ?? endMs;
+    const firstResultMs = request.firstResultMs ?? endMs;
+    const timings = {
+      queueMs: firstStepMs - arrivalMs,
+      prefillMs: firstResultMs - firstStepMs,
+      decodeMs: endMs - firstResultMs,
+      stallMs: Math.max(0, endMs - firstStepMs - request.busyMs),
+    };
+    if (request.firstStepMs !== null) this.totals.promptTokens += job.promptTokens;
+    this.observer.ended({
+      requestId: job.requestId,
+      key: request.key,
+      outcome,
+      errorCode: error?.code ?? null,
+      arrivalMs,
+      timings,
+      promptTokens: job.promptTokens,
+      cachedPromptTokens: request.cachedPromptTokens,
+      generatedTokens: request.generatedTokens,
+      preemptions: request.preemptions,
+      traceParent: job.traceParent,
     });
+    if (this.byRequestId.size === 0) for (const resolve of this.idle.splice(0)) resolve();
+    return timings;
   }
 
-  private fail(active: Active, error: unknown): void {
-    this.release(active);
-    if (error instanceof CancelledError) this.totals.cancelled += 1;
-    else this.totals.failed += 1;
-    if (!(error instanceof TandemError)) this.log.error({ requestId: active.id, err: error }, 'a request failed by a defect');
-    active.reject(error instanceof TandemError ? error : new EngineError(error instanceof Error ? error.message : String(error)));
+  private countEnd(nowMs: number): void {
+    const rate = 1 / Math.max(0.01, nowMs - this.lastEndMs);
+    this.endRate += (rate - this.endRate) / 16;
+    this.lastEndMs = nowMs;
   }
 
-  private release(active: Active): void {
-    for (const sequence of active.sequences.values()) releaseSequence(sequence, this.blocks);
-    active.sequences.clear();
-    active.pending = [];
-    if (this.running.delete(active.id)) this.reservedBlocks -= active.reserveBlocks;
+  private flush(): void {
+    if (this.deferred.length === 0) return;
+    const callbacks = this.deferred;
+    this.deferred = [];
+    for (const callback of callbacks) {
+      try {
+        callback();
+      } catch (error) {
+        this.log.error({ err: error }, 'handing tokens to a client failed by a defect');
+      }
+    }
+  }
+
+  private listActive(): ActiveSnapshot[] {
+    const nowMs = this.now();
+    const list: ActiveSnapshot[] = [];
+    for (const request of this.byRequestId.values()) {
+      if (list.length === MOST_LISTED) break;
+      const { job, state, isPreempted, firstResultMs, priority, generatedTokens } = request;
+      list.push({
+        requestId: job.requestId,
+        key: request.key,
+        state: isPreempted ? 'preempted' : state === 'waiting' ? 'queued' : firstResultMs === null ? 'prefill' : 'decode',
+        promptTokens: job.promptTokens,
+        generatedTokens,
+        kvBlocks: request.blocks,
+        priority,
+        ageMs: nowMs - request.arrivalMs,
+      });
+    }
+    return list;
   }
 }
 
-interface PlannedRun extends Run {
-  readonly active: Active;
-  readonly extendId: number;
-  readonly op: ExtendOp;
+/** Highest priority first, then oldest. */
+function insert(list: ActiveRequest[], request: ActiveRequest): void {
+  let at = list.length;
+  while (at > 0 && isBefore(request, list[at - 1]!)) at -= 1;
+  list.splice(at, 0, request);
+}
+
+function isBefore(a: ActiveRequest, b: ActiveRequest): boolean {
+  return a.priority !== b.priority ? a.priority > b.priority : a.id < b.id;
+}
+
+function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
+  return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
+}
+
+function runLength({ sequence, firstToken }: Run): number {
+  return sequence.length - firstToken;
+}
+
+function carriesTokens({ kind }: ExtendResult): boolean {
+  return kind !== 'none';
+}
+
+function longest(ranks: EngineStepResult['ranks'], field: 'computeMs' | 'collectiveMs'): number {
+  let most = 0;
+  for (const rank of ranks) most = Math.max(most, rank[field]);
+  return most;
+}
+
+function of({ name }: KeyState): string {
+  return name === '' ? 'this server' : `key ${name}`;
+}
+
+function toTandemError(error: unknown): TandemError {
+  return error instanceof TandemError ? error : new EngineError(error instanceof Error ? error.message : String(error));
 }

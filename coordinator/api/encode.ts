@@ -11,14 +11,16 @@ const FINISH_REASONS = { end: 'FINISH_REASON_END', stop: 'FINISH_REASON_STOP', l
   string
 >;
 
+const NO_LOGPROBS: NonNullable<GenerationDelta['logprobs']> = [];
+
 export function encodeDelta({ output, blank, text, tokens, logprobs }: GenerationDelta): GenerateResponse {
   return {
     delta: {
       output,
       blank,
       text,
-      tokens: [...tokens],
-      logprobs: (logprobs ?? []).map(({ token, logprob, top }) => ({ token, logprob, top: [...top] })),
+      tokens: tokens as number[],
+      logprobs: (logprobs ?? NO_LOGPROBS).map(({ token, logprob, top }) => ({ token, logprob, top: [...top] })),
     },
   };
 }

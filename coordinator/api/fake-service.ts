@@ -34,7 +34,7 @@ export async function startFakeService(options: { readonly limits?: Limits; read
   });
   const loop = new ServingLoop(
     engine,
-    { maxBatchTokens, maxExtends: 256, maxQueued: limits.maxQueuedRequests },
+    { ...limits, stepTokens: 256, maxBatchTokens, maxExtends: 256, contextCacheBlocks: 256 },
     createLogger('test', 'silent'),
   );
   let health: { state: ServerState; reason: string } = { state: 'ready', reason: '' };

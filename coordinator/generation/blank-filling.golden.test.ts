@@ -10,7 +10,7 @@ import { buildContext } from '../../model/tokenizer/prompt.js';
 import { loadTokenizer, type Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import { generate } from './blank-filling.js';
 import { blankContext } from './blank-context.js';
-import type { GenerationDelta, GenerationRequest, Mode } from './request.js';
+import { type GenerationDelta, type GenerationRequest, type Mode, NO_PENALTIES } from './request.js';
 import { score } from './scoring.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './strategy.js';
 
@@ -205,6 +205,8 @@ function requestOf({ text, end_tokens, out_seq_length }: Case): GenerationReques
     seed: 0n,
     endTokens: end_tokens,
     bannedTokens: [],
+    logitBias: [],
+    penalties: NO_PENALTIES,
     stopStrings: [],
     topLogprobs: null,
   };

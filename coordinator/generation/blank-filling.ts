@@ -101,7 +101,8 @@ function* sampleAll(job: Job): Strategy<FilledOutput[]> {
   const { request, sequences, context } = job;
   const samples = Array.from({ length: request.n }, (_, sample) => sample);
   const first = blankAt(context.row, job);
-  if (request.n === 1 || roomAt(first, job) === 0) return yield* parallel(samples.map((sample) => sampleOne(job, sample, null)));
+  if (request.n === 1) return [yield* sampleOne(job, 0, null)];
+  if (roomAt(first, job) === 0) return yield* parallel(samples.map((sample) => sampleOne(job, sample, null)));
   const forks = yield* sharedPrefill(sequences, first.context, request.n);
   return yield* parallel(samples.map((sample) => sampleOne(job, sample, forks[sample]!)));
 }

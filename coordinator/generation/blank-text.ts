@@ -13,8 +13,9 @@ export interface FinalPart {
  * decided, and tokens go with their text.
  */
 export class BlankText {
-  /** Final text of the decoder; `sent` characters of it have been handed out. */
+  /** Final text of the decoder; `sent` characters of it have been handed out, `unsent` are the others. */
   private text = '';
+  private unsent = '';
   private sent = 0;
   private readonly tokens: TokenLogprob[] = [];
   private sentTokens = 0;
@@ -56,7 +57,9 @@ export class BlankText {
   private append(text: string, isHolding: boolean): { part: FinalPart; isStopped: boolean } {
     const from = Math.max(0, this.text.length - longest(this.stopStrings) + 1); // a stop string may have begun in earlier text
     this.text += text;
+    this.unsent += text;
     if (!isHolding) while (this.ends.length < this.tokens.length) this.ends.push(this.text.length);
+    if (this.stopStrings.length === 0) return { part: this.take(this.text.length), isStopped: false };
     const hits = this.stopStrings.map((stop) => this.text.indexOf(stop, from)).filter((at) => at >= 0);
     if (hits.length === 0) return { part: this.take(this.text.length - this.undecidedLength()), isStopped: false };
     this.cut(Math.min(...hits));
@@ -74,6 +77,7 @@ export class BlankText {
 
   private cut(length: number): void {
     this.text = this.text.slice(0, length);
+    this.unsent = this.text.slice(this.sent);
     while (!this.text.startsWith(this.decode(this.tokens.length))) this.tokens.pop();
     this.ends.length = 0;
     this.ends.push(...this.tokens.map(() => length)); // all of them are final now
@@ -86,8 +90,10 @@ export class BlankText {
   }
 
   private take(length: number): FinalPart {
-    const text = this.text.slice(this.sent, length);
-    this.sent = Math.max(this.sent, length);
+    // Of the unsent part: a slice of the whole text would copy all of it for every token.
+    const text = this.unsent.slice(0, Math.max(0, length - this.sent));
+    this.unsent = this.unsent.slice(text.length);
+    this.sent += text.length;
     const first = this.sentTokens;
     while (this.sentTokens < this.ends.length && this.ends[this.sentTokens]! <= length) this.sentTokens++;
     return { text, tokens: this.tokens.slice(first, this.sentTokens) };

@@ -7,6 +7,7 @@ import type { ExtendOp, ExtendResult, Strategy } from './strategy.js';
  * @returns their results in the order given
  */
 export function* parallel<R>(strategies: readonly Strategy<R>[]): Strategy<R[]> {
+  if (strategies.length === 1) return [yield* strategies[0]!];
   const results: R[] = [];
   let waiting = strategies.map((strategy, i) => ({ i, strategy, state: strategy.next() }));
   while (true) {

@@ -78,4 +78,6 @@ export type ExtendResult =
       readonly keys: ArrayLike<number>;
     }
   | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
-  | { readonly kind: 'logits'; readonly logits: Float32Array };
+  | { readonly kind: 'logits'; readonly logits: Float32Array }
+  /** This Extend failed alone. */
+  | { readonly kind: 'error'; readonly message: string };

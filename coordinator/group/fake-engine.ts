@@ -10,6 +10,7 @@ export class FakeEngine implements Engine {
   private readonly tokens: Uint32Array;
   private readonly positions: Uint32Array;
   private steps = 0;
+  private carry: { readonly extend: EngineExtend; readonly nextLayer: number } | null = null;
   readonly capacity: EngineCapacity;
   /** The Extends of every step, for tests of what was batched. */
   readonly history: (readonly EngineExtend[])[] = [];
@@ -37,6 +38,7 @@ export class FakeEngine implements Engine {
     if (this.options.lostSteps?.has(this.steps)) {
       this.tokens.fill(0xdead);
       this.positions.fill(0xdead);
+      this.carry = null;
       throw new EpochEndedError('a rank was lost (fake)');
     }
     const runTokens = step.extends.reduce((sum, { tokens }) => sum + tokens.length, 0);
@@ -44,9 +46,10 @@ export class FakeEngine implements Engine {
     this.history.push(step.extends);
     this.refuseSharedWrites(step.extends);
     this.copyBlocks(step.blockCopies);
-    for (const extend of step.extends) this.write(extend);
+    const whole = step.extends.map((extend) => this.goesThrough(extend));
+    step.extends.forEach((extend, i) => whole[i] && this.write(extend));
     return {
-      results: step.extends.map((extend) => this.evaluate(extend)),
+      results: step.extends.map((extend, i): ExtendResult => (whole[i] ? this.evaluate(extend) : { kind: 'none' })),
       ranks: [{ computeMs: 1, collectiveMs: 0 }],
       evaluateMs: 0,
       codecMs: 0,
@@ -55,6 +58,22 @@ export class FakeEngine implements Engine {
 
   async ready(): Promise<void> {}
   async close(): Promise<void> {}
+
+  /** Whether the Extend has now been through all layers; one that goes through them in several steps has to be the same each time. */
+  private goesThrough(extend: EngineExtend): boolean {
+    const { numLayers } = this.capacity;
+    const { firstLayer, endLayer } = extend;
+    if (firstLayer >= endLayer || endLayer > numLayers) throw new Error(`layers ${firstLayer} to ${endLayer} of ${numLayers}`);
+    if (firstLayer === 0 && endLayer === numLayers) return true;
+    if (firstLayer > 0) {
+      const same = (field: 'tokens' | 'positions' | 'blockTable') => String(this.carry!.extend[field]) === String(extend[field]);
+      if (this.carry?.nextLayer !== firstLayer || !same('tokens') || !same('positions') || !same('blockTable')) {
+        throw new Error(`a run goes on at layer ${firstLayer}, the one under way is at ${this.carry?.nextLayer ?? 'none'}, or another`);
+      }
+    }
+    this.carry = endLayer < numLayers ? { extend: { ...extend, blockTable: Array.from(extend.blockTable) }, nextLayer: endLayer } : null;
+    return endLayer === numLayers;
+  }
 
   private refuseSharedWrites(extendsOfStep: readonly EngineExtend[]): void {
     const written = new Set<number>();

@@ -4,7 +4,7 @@ import { EngineError, WorkerLostError } from '../../common/errors.js';
 import { createLogger } from '../../common/log.js';
 import { packageVersion } from '../../common/package-root.js';
 import type { CoordinatorMessage } from '../../proto/generated/tandem/v1/CoordinatorMessage.js';
-import type { ExtendResult } from '../../proto/generated/tandem/v1/ExtendResult.js';
+import { encodeResultBody, type StepExtendResult } from '../../common/step-codec.js';
 import { EpochEndedError, type EngineStep } from './engine.js';
 import { WorkerGroup, type WorkerGroupOptions } from './worker-group.js';
 
@@ -63,6 +63,7 @@ function create(change: Partial<WorkerGroupOptions> = {}): WorkerGroup {
     heartbeatMs: HEARTBEAT_MS,
     token: 'secret',
     vocabSize: VOCAB_SIZE,
+    numLayers: 4,
     log: createLogger('test', 'silent'),
     onAttached: () => {},
     onDismissed: (rank, isCulprit) => dismissed.push([rank, isCulprit]),
@@ -89,6 +90,7 @@ function bothReady(): [FakeLink, FakeLink] {
 }
 
 const noise = { seed: 1n, stream: 0, position: 0 };
+const params = { temperature: 1, topK: 0, topP: 0, bannedTokens: [], biasTokens: [], biases: [], repetitionPenalty: 1, repeatedTokens: [] };
 const sampleStep: EngineStep = {
   blockCopies: [],
   extends: [
@@ -98,13 +100,15 @@ const sampleStep: EngineStep = {
       blockTable: [0],
       cachedTokens: 0,
       bidirectionalTokens: 0,
-      want: { kind: 'sample', params: { temperature: 1, topK: 0, topP: 0, bannedTokens: [] }, noise, topLogprobs: 1 },
+      firstLayer: 0,
+      endLayer: 4,
+      want: { kind: 'sample', params, noise, topLogprobs: 1 },
     },
   ],
 };
-const sampleResult = { sample: { token: 7, logprob: -1, topTokens: [7], topLogprobs: [-1] } };
-const answer = (stepId: number, results: ExtendResult[]) => ({
-  result: { stepId, results, computeMicros: 5, collectiveMicros: 1, error: '' },
+const sampleResult: StepExtendResult = { kind: 'sample', token: 7, logprob: -1, topTokens: [7], topLogprobs: [-1] };
+const answer = (stepId: number, results: StepExtendResult[]) => ({
+  result: { stepId, body: encodeResultBody(results), evaluateMicros: 0, computeMicros: 5, collectiveMicros: 1, error: '' },
 });
 
 beforeEach(() => {
@@ -133,7 +137,7 @@ test('an epoch begins when all ranks are there, and steps run when all are ready
   expect(second.told.at(-1)).toEqual(first.told.at(-1));
   second.say(answer(1, []));
   first.say(answer(1, [sampleResult]));
-  expect((await result).results).toEqual([{ kind: 'sample', ...sampleResult.sample }]);
+  expect((await result).results).toEqual([{ ...sampleResult, topTokens: Uint32Array.of(7), topLogprobs: Float32Array.of(-1) }]);
 });
 
 describe('a worker is refused', () => {
@@ -160,8 +164,8 @@ describe('an answer that was not asked for ends the epoch', () => {
     { name: 'too many', results: [sampleResult, sampleResult] },
     { name: 'none', results: [] },
     { name: 'another kind', results: [{ targets: { logprobs: [1] } }] },
-    { name: 'a token beyond the vocabulary', results: [{ sample: { ...sampleResult.sample, token: VOCAB_SIZE } }] },
-    { name: 'too few best tokens', results: [{ sample: { ...sampleResult.sample, topTokens: [] } }] },
+    { name: 'a token beyond the vocabulary', results: [{ ...sampleResult, token: VOCAB_SIZE } as StepExtendResult] },
+    { name: 'too few best tokens', results: [{ ...sampleResult, topTokens: [] } as StepExtendResult] },
   ])('$name', async ({ results }) => {
     const [first, second] = bothReady();
     const step = group.step(sampleStep);

@@ -1,5 +1,6 @@
 import type { ExtendOp, Sequence } from '../generation/strategy.js';
 import type { BlockManager } from './block-manager.js';
+import type { ContextSource } from './context-cache.js';
 
 /**
  * The state of one sequence: its whole history, and how much of it the workers' KV caches hold. A run is always "what is
@@ -10,7 +11,11 @@ export interface SequenceState extends Sequence {
   readonly positions: number[];
   /** The first tokens that see each other. */
   bidirectionalTokens: number;
-  /** KV blocks in order, `blockSize` tokens each. */
+  /** The first tokens of the first run that other sequences may start from: all that see each other, or all but the last one. */
+  contextTokens: number;
+  /** Equal for equal contexts only; null: not for sharing. */
+  contextKey: string | null;
+  /** KV blocks in order, `blockSize` tokens each. Of a preempted sequence: placeholders below 0, equal where the block was the same. */
   readonly blocks: number[];
   /** The first tokens whose K and V are in the workers' caches now. */
   cachedTokens: number;
@@ -26,19 +31,25 @@ export interface Run {
 }
 
 export function createSequence(id: number): SequenceState {
-  const tokens: number[] = [];
-  return {
-    id,
-    tokens,
-    positions: [],
-    bidirectionalTokens: 0,
-    blocks: [],
-    cachedTokens: 0,
-    settledTokens: 0,
-    get length() {
-      return tokens.length;
-    },
-  };
+  return new NewSequence(id);
+}
+
+/** A class, because objects of a literal with a getter are slow to read. */
+class NewSequence implements SequenceState {
+  readonly tokens: number[] = [];
+  readonly positions: number[] = [];
+  bidirectionalTokens = 0;
+  contextTokens = 0;
+  contextKey: string | null = null;
+  readonly blocks: number[] = [];
+  cachedTokens = 0;
+  settledTokens = 0;
+
+  constructor(readonly id: number) {}
+
+  get length(): number {
+    return this.tokens.length;
+  }
 }
 
 /** Adds the tokens of an Extend to the history; nothing runs yet. */
@@ -50,6 +61,7 @@ export function appendTokens(sequence: SequenceState, op: ExtendOp): void {
     if (sequence.tokens.length > 0) throw new Error('a bidirectional run behind other tokens: they could not see it');
     sequence.bidirectionalTokens = op.bidirectionalTokens;
   }
+  if (sequence.tokens.length === 0) sequence.contextTokens = op.bidirectionalTokens > 0 ? op.bidirectionalTokens : op.tokens.length - 1;
   for (let i = 0; i < op.tokens.length; i++) {
     sequence.tokens.push(op.tokens[i]!);
     sequence.positions.push(op.positions[i]!);
@@ -60,21 +72,38 @@ export function appendTokens(sequence: SequenceState, op: ExtendOp): void {
 export function forkSequence(id: number, parent: SequenceState, blocks: BlockManager): SequenceState {
   if (parent.settledTokens !== parent.length) throw new Error('fork of a sequence with an Extend under way');
   const child = createSequence(id);
-  child.tokens.push(...parent.tokens);
-  child.positions.push(...parent.positions);
-  child.blocks.push(...parent.blocks);
-  for (const block of parent.blocks) blocks.share(block);
+  for (const token of parent.tokens) child.tokens.push(token);
+  for (const position of parent.positions) child.positions.push(position);
+  for (const block of parent.blocks) {
+    child.blocks.push(block);
+    if (block >= 0) blocks.share(block);
+  }
   child.bidirectionalTokens = parent.bidirectionalTokens;
+  child.contextTokens = parent.contextTokens;
+  child.contextKey = parent.contextKey;
   child.cachedTokens = parent.cachedTokens;
   child.settledTokens = parent.settledTokens;
   return child;
 }
 
-export function releaseSequence(sequence: SequenceState, blocks: BlockManager): void {
-  for (const block of sequence.blocks) blocks.release(block);
+/** @param first blocks that somebody else has taken over */
+export function releaseSequence(sequence: SequenceState, blocks: BlockManager, first = 0): void {
+  for (let i = first; i < sequence.blocks.length; i++) if (sequence.blocks[i]! >= 0) blocks.release(sequence.blocks[i]!);
   sequence.blocks.length = 0;
   sequence.cachedTokens = 0;
   sequence.settledTokens = 0;
+}
+
+/** Blocks that {@link prepareRun} appends. */
+export function newBlocks(sequence: SequenceState, blockSize: number): number {
+  return Math.ceil(sequence.length / blockSize) - sequence.blocks.length;
+}
+
+/** The block that the next run writes new tokens into, if other sequences hold it too; else -1. */
+export function sharedBoundary(sequence: SequenceState, blocks: BlockManager): number {
+  if (sequence.settledTokens === sequence.length) return -1;
+  const block = sequence.blocks[Math.floor(sequence.settledTokens / blocks.blockSize)];
+  return block !== undefined && block >= 0 && blocks.isShared(block) ? block : -1;
 }
 
 /**
@@ -84,12 +113,12 @@ export function releaseSequence(sequence: SequenceState, blocks: BlockManager): 
 export function prepareRun(sequence: SequenceState, blocks: BlockManager): Run {
   const { blockSize } = blocks;
   const firstToken = sequence.cachedTokens;
-  const blockCopies: number[] = [];
-  const boundary = Math.floor(sequence.settledTokens / blockSize);
-  const shared = sequence.blocks[boundary];
-  if (shared !== undefined && sequence.settledTokens < sequence.length && blocks.isShared(shared)) {
+  const shared = sharedBoundary(sequence, blocks);
+  let blockCopies: number[] = NO_COPIES;
+  if (shared >= 0) {
+    const boundary = Math.floor(sequence.settledTokens / blockSize);
     const own = blocks.allocate();
-    if (firstToken > boundary * blockSize) blockCopies.push(shared, own);
+    if (firstToken > boundary * blockSize) blockCopies = [shared, own];
     blocks.release(shared);
     sequence.blocks[boundary] = own;
   }
@@ -97,11 +126,35 @@ export function prepareRun(sequence: SequenceState, blocks: BlockManager): Run {
   return { sequence, firstToken, blockCopies };
 }
 
+const NO_COPIES: number[] = [];
+
+/**
+ * A new sequence starts from a context that is computed: it shares the whole blocks and gets a copy of the last one, which
+ * its owner goes on writing.
+ *
+ * @returns block copies, to be done before the step that it runs in
+ */
+export function adoptContext(sequence: SequenceState, source: ContextSource, blocks: BlockManager): number[] {
+  const whole = Math.floor(source.tokens / blocks.blockSize);
+  const last = source.blocks[whole];
+  for (let i = 0; i < whole; i++) {
+    blocks.share(source.blocks[i]!);
+    sequence.blocks.push(source.blocks[i]!);
+  }
+  sequence.cachedTokens = source.tokens;
+  sequence.settledTokens = source.tokens;
+  if (source.tokens % blocks.blockSize === 0) return [];
+  const own = blocks.allocate();
+  blocks.markFilled(own);
+  sequence.blocks.push(own);
+  return own === last ? [] : [last!, own]; // the cache may have had to give up that very block
+}
+
 /** After the step that ran it. */
 export function applyRun({ sequence, firstToken }: Run, blocks: BlockManager): void {
   sequence.cachedTokens = sequence.length;
   sequence.settledTokens = sequence.length;
-  for (const block of sequence.blocks.slice(Math.floor(firstToken / blocks.blockSize))) blocks.markFilled(block);
+  for (let i = Math.floor(firstToken / blocks.blockSize); i < sequence.blocks.length; i++) blocks.markFilled(sequence.blocks[i]!);
 }
 
 /** Once {@link BlockManager.loseContents} was called: the next run computes everything again that no other sequence has computed by then. */
@@ -113,13 +166,84 @@ export function loseCache(sequence: SequenceState): void {
 export function refreshCache(sequence: SequenceState, blocks: BlockManager): void {
   if (sequence.cachedTokens === sequence.settledTokens) return;
   let tokens = sequence.cachedTokens;
-  while (tokens < sequence.settledTokens && blocks.isFilled(sequence.blocks[Math.floor(tokens / blocks.blockSize)]!))
+  while (tokens < sequence.settledTokens && isFilled(sequence.blocks[Math.floor(tokens / blocks.blockSize)]!, blocks))
     tokens += blocks.blockSize;
   sequence.cachedTokens = Math.min(tokens, sequence.settledTokens);
 }
 
+function isFilled(block: number, blocks: BlockManager): boolean {
+  return block >= 0 && blocks.isFilled(block);
+}
+
 /** Blocks of settled tokens that the next run computes again: no two runs of a step may have one in common. */
 export function recomputedBlocks(sequence: SequenceState, blocks: BlockManager): readonly number[] {
-  if (sequence.cachedTokens === sequence.settledTokens) return [];
+  if (sequence.cachedTokens === sequence.settledTokens) return NO_COPIES;
   return sequence.blocks.slice(Math.floor(sequence.cachedTokens / blocks.blockSize));
+}
+
+/**
+ * All sequences of a request give their blocks up; which of them shared what is kept, so that {@link restoreSequences}
+ * needs no more blocks than they had.
+ *
+ * @param takenOver of each sequence, how many of its first blocks the context cache has taken over
+ */
+export function evictSequences(
+  sequences: Iterable<SequenceState>,
+  blocks: BlockManager,
+  takenOver: (sequence: SequenceState) => number,
+): void {
+  const placeholders = new Map<number, number>();
+  for (const sequence of sequences) {
+    const first = takenOver(sequence);
+    for (const [i, block] of sequence.blocks.entries()) {
+      if (block < 0) continue;
+      const placeholder = placeholders.get(block) ?? -1 - placeholders.size;
+      placeholders.set(block, placeholder);
+      sequence.blocks[i] = placeholder;
+      if (i >= first) blocks.release(block);
+    }
+    sequence.cachedTokens = 0;
+  }
+}
+
+/** How many blocks {@link restoreSequences} allocates. */
+export function missingBlocks(sequences: Iterable<SequenceState>): number {
+  const placeholders = new Set<number>();
+  for (const { blocks } of sequences) for (const block of blocks) if (block < 0) placeholders.add(block);
+  return placeholders.size;
+}
+
+/** Gives evicted sequences blocks again; what was in them is computed again, but for contexts that `findContext` still has. */
+export function restoreSequences(
+  sequences: Iterable<SequenceState>,
+  blocks: BlockManager,
+  findContext: (key: string) => ContextSource | null,
+): void {
+  const found = new Map<number, number>();
+  const all = [...sequences];
+  // Contexts first: what is shared can not be evicted to make room for the rest.
+  for (const { contextKey, blocks: table } of all) {
+    const source = contextKey === null ? null : findContext(contextKey);
+    const whole = source ? Math.floor(source.tokens / blocks.blockSize) : 0;
+    for (let i = 0; i < Math.min(whole, table.length); i++) {
+      if (table[i]! < 0 && !found.has(table[i]!)) found.set(table[i]!, source!.blocks[i]!);
+    }
+    for (const [i, placeholder] of table.entries()) {
+      const block = found.get(placeholder);
+      if (placeholder >= 0 || block === undefined) continue;
+      blocks.share(block);
+      table[i] = block;
+    }
+  }
+  for (const { blocks: table } of all) {
+    for (const [i, placeholder] of table.entries()) {
+      if (placeholder >= 0) continue;
+      const block = found.get(placeholder);
+      if (block === undefined) found.set(placeholder, (table[i] = blocks.allocate()));
+      else {
+        blocks.share(block);
+        table[i] = block;
+      }
+    }
+  }
 }

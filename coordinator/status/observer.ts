@@ -47,6 +47,8 @@ export interface RequestStats {
   readonly cachedPromptTokens: number;
   readonly generatedTokens: number;
   readonly preemptions: number;
+  /** W3C trace context of the caller. */
+  readonly traceParent?: string | undefined;
 }
 
 /**

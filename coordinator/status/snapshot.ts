@@ -3,7 +3,7 @@ import { packageVersion } from '../../common/package-root.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import type { Status } from '../../proto/generated/tandem/v1/Status.js';
 import type { RankSnapshot } from '../group/worker-group.js';
-import type { LoopSnapshot } from '../serving-loop.js';
+import type { LoopSnapshot } from './loop-snapshot.js';
 
 export interface StatusSources {
   readonly state: 'ready' | 'recovering' | 'failed' | 'stopping';
@@ -45,14 +45,14 @@ export function statusSnapshot(sources: StatusSources): Status {
       heartbeatAgeSeconds: heartbeatAgeMs / 1000,
       restarts: sources.restarts(rank),
     })),
-    kv: { ...loop.kv, cachedBlocks: 0, freeBlocks: loop.kv.totalBlocks - loop.kv.usedBlocks },
+    kv: loop.kv,
     requests: { running: loop.running, queued: loop.queued, finished: loop.finished, failed: loop.failed, cancelled: loop.cancelled },
     totals: {
       steps: loop.steps,
       promptTokens: loop.promptTokens,
       generatedTokens: loop.generatedTokens,
-      stepSeconds: loop.computeMs / 1000,
-      collectiveSeconds: loop.collectiveMs / 1000,
+      stepSeconds: loop.stepSeconds,
+      collectiveSeconds: loop.collectiveSeconds,
     },
   };
 }

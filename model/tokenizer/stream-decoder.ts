@@ -10,7 +10,7 @@ export interface TextStream {
 
 /** What an id stands for in text. */
 export type Surface =
-  | { readonly kind: 'piece'; readonly text: string } // `▁` is a space, the first one may be dropped
+  | { readonly kind: 'piece'; readonly text: string; readonly isSpaceFirst: boolean } // a first space may be dropped
   | { readonly kind: 'literal'; readonly text: string } // as it is
   | { readonly kind: 'byte'; readonly value: number };
 
@@ -48,8 +48,8 @@ export class StreamDecoder implements TextStream {
         append(this.takeCharacters(false));
         continue;
       }
-      append(this.takeCharacters(true));
-      append(surface.kind === 'piece' ? this.pieceText(surface.text) : surface.text);
+      if (this.bytes.length > 0) append(this.takeCharacters(true));
+      append(surface.kind === 'piece' && surface.isSpaceFirst ? this.spacedText(surface.text) : surface.text);
     }
     return this.unescape(text, false);
   }
@@ -58,13 +58,10 @@ export class StreamDecoder implements TextStream {
     return this.unescape(this.takeCharacters(true), true);
   }
 
-  private pieceText(piece: string): string {
-    let text = piece;
-    if (this.atStart && this.surfaces.droppedSpaces !== 'none' && piece.startsWith(SPACE)) {
-      text = piece.slice(SPACE.length);
-      if (this.surfaces.droppedSpaces === 'first') this.atStart = false;
-    }
-    return text.replaceAll(SPACE, ' ');
+  private spacedText(text: string): string {
+    if (!this.atStart || this.surfaces.droppedSpaces === 'none') return text;
+    if (this.surfaces.droppedSpaces === 'first') this.atStart = false;
+    return text.slice(1);
   }
 
   /** Whole characters of the byte run; bytes that begin none become U+FFFD one by one. At the end of a run nothing is left. */
@@ -85,6 +82,7 @@ export class StreamDecoder implements TextStream {
   }
 
   private unescape(more: string, isEnd: boolean): string {
+    if (this.held === '' && !more.includes('<')) return more;
     const text = (this.held + more).replace(ESCAPE, (escape, blanks?: string) => {
       if (blanks !== undefined) return ' '.repeat(Number(blanks));
       return escape === '<n>' ? '\n' : '\t';
@@ -95,7 +93,8 @@ export class StreamDecoder implements TextStream {
   }
 }
 
-const SPACE = '\u2581'; // ▁
+/** How pieces write a space: ▁ */
+export const SPACE = '\u2581';
 const REPLACEMENT = '\ufffd';
 const ESCAPE = /<n>|<\|tab\|>|<\|blank_([2-9]|[1-7][0-9]|80)\|>/g;
 const ESCAPE_BEGINNING = /<(?:n|\|(?:t(?:a(?:b\|?)?)?|b(?:l(?:a(?:n(?:k(?:_(?:[0-9]{1,2}\|?)?)?)?)?)?)?)?)?$/;

@@ -4,7 +4,7 @@ import { SentencePieceProcessor } from '@agnai/sentencepiece-js';
 import { CheckpointError, InvalidRequestError } from '../../common/errors.js';
 import type { SpecialTokens, TokenizerConfig } from '../model-config.js';
 import { extendModel, parseSentencePieceModel, PIECE_TYPE, type Piece, type SentencePieceModel } from './sentencepiece-model.js';
-import { StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
+import { SPACE, StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
 
 /** Text to token ids and back, as icetk does it for GLM-130B (model-spec section 8). */
 export interface Tokenizer {
@@ -164,7 +164,8 @@ function surfaceOf(piece: Piece, unknownSurface: string): Surface {
   if (piece.type === PIECE_TYPE.control) return { kind: 'literal', text: '' };
   if (piece.type === PIECE_TYPE.unknown) return { kind: 'literal', text: unknownSurface };
   if (piece.type === PIECE_TYPE.byte) return { kind: 'byte', value: Number.parseInt(piece.text.slice(3, 5), 16) };
-  return { kind: 'piece', text: piece.text };
+  const text = piece.text.replaceAll(SPACE, ' ');
+  return { kind: 'piece', text, isSpaceFirst: piece.text.startsWith(SPACE) };
 }
 
 /** The rest of a run of blanks: 0 to 79 of them; a single one stays a blank. */
