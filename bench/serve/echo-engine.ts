@@ -1,8 +1,7 @@
 import { WorkerLink } from '../../common/services.js';
-import { encodeResultBody } from '../../common/step-codec.js';
+import { encodeResultBody, type StepExtendResult } from '../../common/step-codec.js';
 import type { Engine, EngineCapacity, EngineExtend, EngineStep, EngineStepResult } from '../../coordinator/group/engine.js';
 import { decodeResults, encodeStep } from '../../coordinator/group/wire.js';
-import type { ExtendResult } from '../../coordinator/generation/strategy.js';
 
 export interface EchoOptions {
   readonly kvBlocks: number;
@@ -16,24 +15,24 @@ export interface EchoOptions {
   readonly worldSize: number;
 }
 
-/** Milliseconds of one step on the coordinator. */
+/** Milliseconds of one step. */
 export interface EchoStep {
-  readonly extends: number;
-  /** From the previous step's results to this step's plan: apply, emit, schedule. */
-  readonly betweenMs: number;
+  /** When it was asked for, by performance.now(). */
+  readonly startMs: number;
   /** The step to the bytes that go to each rank, and the bytes of its results back. */
   readonly codecMs: number;
+  /** What the ranks would have done. */
+  readonly ranksMs: number;
 }
 
 /**
  * An engine whose ranks take no time: it does all that the coordinator does for a step on the wire (encode for each rank, decode and check
- * the results) and answers each sample with a piece that depends on the last token and its position. What the ranks would do is not counted.
+ * the results) and answers each sample with a piece that depends on the last token and its position. What the ranks would do is told apart.
  */
 export class EchoEngine implements Engine {
   readonly capacity: EngineCapacity;
   readonly steps: EchoStep[] = [];
   private stepId = 0;
-  private resolvedMs: number | null = null;
 
   constructor(private readonly options: EchoOptions) {
     const { kvBlocks, blockSize, maxBatchTokens, numLayers } = options;
@@ -42,27 +41,25 @@ export class EchoEngine implements Engine {
 
   async step(step: EngineStep): Promise<EngineStepResult> {
     const startMs = performance.now();
-    const betweenMs = this.resolvedMs === null ? 0 : startMs - this.resolvedMs;
-    const message = { step: encodeStep((this.stepId = (this.stepId + 1) >>> 0), step) };
+    const message = { step: encodeStep(++this.stepId, step) };
     for (let rank = 0; rank < this.options.worldSize; rank++) WorkerLink.service.Attach.responseSerialize(message);
-    const encodeMs = performance.now() - startMs;
-    const answer = WorkerLink.service.Attach.requestSerialize({
-      result: { stepId: this.stepId, body: encodeResultBody(step.extends.map((extend) => this.answer(extend))) },
-    });
+    const encodedMs = performance.now();
+    const body = encodeResultBody(step.extends.map((extend) => this.answer(extend)));
+    const answer = WorkerLink.service.Attach.requestSerialize({ result: { stepId: this.stepId, body } });
+    const ranksMs = performance.now() - encodedMs;
     await new Promise((resolve) => setImmediate(resolve)); // clients and the garbage collector have their turn, as with real ranks
     const answeredMs = performance.now();
     const { result } = WorkerLink.service.Attach.requestDeserialize(answer);
-    const results = decodeResults(result!.body, step.extends, this.options);
-    this.resolvedMs = performance.now();
-    const codecMs = encodeMs + this.resolvedMs - answeredMs;
-    this.steps.push({ extends: step.extends.length, betweenMs, codecMs });
+    const results = decodeResults(result!.body as Uint8Array, step.extends, this.options);
+    const codecMs = encodedMs - startMs + performance.now() - answeredMs;
+    this.steps.push({ startMs, codecMs, ranksMs });
     return { results, ranks: [{ computeMs: 0, collectiveMs: 0 }], evaluateMs: 0, codecMs };
   }
 
   async ready(): Promise<void> {}
   async close(): Promise<void> {}
 
-  private answer({ want, tokens, positions, endLayer }: EngineExtend): ExtendResult {
+  private answer({ want, tokens, positions, endLayer }: EngineExtend): StepExtendResult {
     if (want.kind === 'none' || endLayer < this.options.numLayers) return { kind: 'none' };
     if (want.kind !== 'sample') throw new Error(`the echo engine samples, it was asked for ${want.kind}`);
     const last = tokens.length - 1;
