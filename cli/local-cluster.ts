@@ -17,6 +17,8 @@ export interface LocalClusterOptions {
   readonly isa?: string;
   readonly logLevel?: string;
   readonly stepTimeoutMs?: number;
+  /** Further flags of `tandem serve`. */
+  readonly serveArgs?: readonly string[];
   /** Aborting ends the server, whether it is ready or not. */
   readonly signal?: AbortSignal;
 }
@@ -41,6 +43,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
     ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),
+    ...(options.serveArgs ?? []),
   ];
   const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, {
     stdio: ['ignore', 'ignore', 'pipe', 'ipc'],

@@ -50,7 +50,7 @@ export class EchoEngine implements Engine {
     await new Promise((resolve) => setImmediate(resolve)); // clients and the garbage collector have their turn, as with real ranks
     const answeredMs = performance.now();
     const { result } = WorkerLink.service.Attach.requestDeserialize(answer);
-    const results = decodeResults(result!.body as Uint8Array, step.extends, this.options);
+    const results = decodeResults(result!.body, step.extends, this.options);
     const codecMs = encodedMs - startMs + performance.now() - answeredMs;
     this.steps.push({ startMs, codecMs, ranksMs });
     return { results, ranks: [{ computeMs: 0, collectiveMs: 0 }], evaluateMs: 0, codecMs };

@@ -1,0 +1,127 @@
+import { join } from 'node:path';
+import type { Percentiles } from '../../cli/load/summary.js';
+import type { ModelConfig } from '../../model/model-config.js';
+import { SYNTHETIC_CONFIG, writeSyntheticStore } from '../synthetic-store.js';
+import { median, type BenchContext, type Part } from './part.js';
+import { tandemLoad, withCluster } from './processes.js';
+
+const STREAMS = 8;
+const STREAM_SECONDS = 8;
+
+/** Small enough that a prompt of full length takes about a second, with as many layers as to slice well. */
+const DEEP_CONFIG: ModelConfig = {
+  ...SYNTHETIC_CONFIG,
+  numLayers: 24,
+  hiddenSize: 512,
+  numAttentionHeads: 8,
+  innerHiddenSize: 1376,
+  vocabSize: 8192,
+  maxSequenceLength: 1024,
+  specialTokens: { mask: 8180, gmask: 8181, smask: 8182, eod: 8183, sop: 8184, eop: 8185, enc: 8186, dblock: 8187, eos: 2 },
+};
+
+interface ModelCase {
+  readonly name: string;
+  /** Null: tiny. */
+  readonly dir: string | null;
+  readonly maxTokens: number;
+  readonly layers: number;
+  /** Prompts of full length in a second. */
+  readonly rate: number;
+}
+
+/** Null flag: as the server is by default. */
+const WAYS = [
+  { name: 'whole prompts', maxStepTokens: '0' },
+  { name: 'sliced by layers', maxStepTokens: null },
+] as const;
+
+interface Run {
+  readonly interToken: Percentiles;
+  /** Of the long prompts. */
+  readonly ttft: Percentiles;
+}
+
+export const longPrompt: Part = {
+  name: 'longprompt',
+  title: `Milliseconds between the tokens of ${STREAMS} running streams while prompts of full length arrive (2 workers)`,
+  async run(context) {
+    const measured = [];
+    for (const model of await cases(context)) {
+      const runs: Run[][] = [];
+      for (let repeat = 0; repeat < context.repeats; repeat++) {
+        const row: Run[] = [];
+        for (const way of WAYS) {
+          row.push(await measure(model, way.maxStepTokens, repeat));
+          context.progress(`longprompt: ${model.name}, ${way.name}: p99 ${row.at(-1)!.interToken.p99.toFixed(1)} ms`);
+        }
+        runs.push(row);
+      }
+      const ratio = (figure: 'p50' | 'p99' | 'max'): number =>
+        median(runs.map(([whole, sliced]) => whole!.interToken[figure] / sliced!.interToken[figure]));
+      measured.push({
+        model: model.name,
+        layers: model.layers,
+        promptTokens: model.maxTokens,
+        ways: WAYS.map(({ name }, i) => ({
+          name,
+          p50Ms: median(runs.map((row) => row[i]!.interToken.p50)),
+          p99Ms: median(runs.map((row) => row[i]!.interToken.p99)),
+          maxMs: median(runs.map((row) => row[i]!.interToken.max)),
+          promptTtftMs: median(runs.map((row) => row[i]!.ttft.p50)),
+        })),
+        ratios: { p50: ratio('p50'), p99: ratio('p99'), max: ratio('max') },
+        runs,
+      });
+    }
+    return {
+      header: ['model', 'long prompts', 'between tokens p50', 'p99', 'max', 'first token of a long prompt p50'],
+      rows: measured.flatMap(({ model, ways }) =>
+        ways.map((way) => [model, way.name, ...[way.p50Ms, way.p99Ms, way.maxMs, way.promptTtftMs].map((ms) => ms.toFixed(1))]),
+      ),
+      notes: measured.map(
+        ({ model, ratios }) =>
+          `${model}: whole prompts make p99 ${ratios.p99.toFixed(2)} times and the longest ${ratios.max.toFixed(2)} times that of sliced ones`,
+      ),
+      data: { streams: STREAMS, measured },
+      failures: [],
+    };
+  },
+};
+
+async function cases({ scratch, progress }: BenchContext): Promise<ModelCase[]> {
+  progress('longprompt: writing the synthetic model');
+  const dir = join(scratch, 'deep');
+  await writeSyntheticStore(dir, DEEP_CONFIG);
+  return [
+    { name: 'tiny, 6 layers, 500 tokens', dir: null, maxTokens: 500, layers: 6, rate: 4 },
+    { name: 'synthetic INT4, 24 layers, 1000 tokens', dir, maxTokens: 1000, layers: DEEP_CONFIG.numLayers, rate: 0.5 },
+  ];
+}
+
+/** The streams go on for as long as prompts arrive; what they do before the first and after the last is the smaller part. */
+function measure(model: ModelCase, maxStepTokens: string | null, repeat: number): Promise<Run> {
+  const serveArgs = maxStepTokens === null ? [] : [`--max-step-tokens=${maxStepTokens}`];
+  return withCluster({ model: model.dir, worldSize: 2, serveArgs }, async ({ address }) => {
+    const seed = 1 + repeat;
+    await tandemLoad(address, { concurrency: STREAMS, requests: 2 * STREAMS, 'output-tokens': 16, seed: 100 + seed });
+    const streams = tandemLoad(address, {
+      concurrency: STREAMS,
+      'duration-s': STREAM_SECONDS,
+      'prompt-tokens': 16,
+      'output-tokens': Math.min(400, model.maxTokens - 20),
+      seed,
+    });
+    const prompts = tandemLoad(address, {
+      rate: model.rate,
+      arrivals: 'constant',
+      'duration-s': STREAM_SECONDS,
+      'prompt-tokens': model.maxTokens,
+      'output-tokens': 1,
+      seed: 200 + seed,
+    });
+    const [running, long] = await Promise.all([streams, prompts]);
+    if (running.requests.failed + long.requests.failed > 0) throw new Error([...running.errors, ...long.errors][0]!.example);
+    return { interToken: running.latencyMs.interToken!, ttft: long.latencyMs.ttft! };
+  });
+}
