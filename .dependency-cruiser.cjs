@@ -59,7 +59,7 @@ module.exports = {
       // The coordinator's own cost per step can not be seen through the wire: workers and network hide it.
       from: {
         path: '^(cli|bench)/',
-        pathNot: '^cli/commands/(serve|worker)\\.ts$|^bench/serve/(coordinator-process|echo-engine)\\.ts$|\\.test\\.ts$',
+        pathNot: '^cli/commands/(serve|worker|key)\\.ts$|^bench/serve/(coordinator-process|echo-engine)\\.ts$|\\.test\\.ts$',
       },
       to: { path: '^(coordinator|worker)/' },
     },

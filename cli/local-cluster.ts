@@ -39,7 +39,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
   const { model, worldSize = 1, threads = 1, kvDtype = 'fp16', isa = 'auto', logLevel = 'error' } = options;
   const args = [
     ...['serve', '--listen', `unix:${join(dir, 'api.sock')}`, '--world-size', String(worldSize), '--threads', String(threads)],
-    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
+    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel, '--http-listen', 'off'],
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
     ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),

@@ -7,10 +7,12 @@ import { demoCommand } from './commands/demo.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
+import { keyCommand } from './commands/key.js';
 import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
+import { topCommand } from './commands/top.js';
 import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
 
@@ -29,8 +31,10 @@ const commands = [
   importCommand,
   inspectCommand,
   statusCommand,
+  topCommand,
   logitsCommand,
   loadCommand,
+  keyCommand,
   demoCommand,
 ] as unknown as CommandModule[];
 const names = commands.map(({ command }) => String(command).split(' ')[0]!);

@@ -11,11 +11,14 @@ export interface NumberOption {
 /** The largest number that everything behind the command line holds. */
 const INT32_MAX = 0x7fffffff;
 
-export function wholeNumber(flag: string, { min, ...option }: NumberOption & { readonly min: number }): Options {
+export function wholeNumber(
+  flag: string,
+  { min, max = INT32_MAX, ...option }: NumberOption & { readonly min: number; readonly max?: number },
+): Options {
   return numberOption(flag, option, (text) => {
     const value = /^\d{1,15}$/.test(text) ? Number(text) : NaN;
-    if (!(value >= min && value <= INT32_MAX)) {
-      throw new ConfigError(`--${flag} ${shown(text)}: a whole number from ${min} to ${INT32_MAX} is needed`);
+    if (!(value >= min && value <= max)) {
+      throw new ConfigError(`--${flag} ${shown(text)}: a whole number from ${min} to ${max} is needed`);
     }
     return value;
   });
@@ -37,7 +40,7 @@ function numberOption(flag: string, option: NumberOption, parse: (text: string) 
     requiresArg: true,
     coerce: (given: string | number | readonly string[] | undefined) => {
       if (Array.isArray(given)) throw new ConfigError(`--${flag} is given ${given.length} times (${given.join(', ')}): give it once`);
-      return typeof given === 'string' ? parse(given.trim()) : given; // a number is the default
+      return given === undefined ? given : parse(String(given).trim()); // a number is the default, or from a configuration file
     },
   };
 }

@@ -38,8 +38,21 @@ export function isLoopback(address: Address): boolean {
   );
 }
 
-export function clientCredentials(): ChannelCredentials {
-  return credentials.createInsecure();
+/** PEM texts: the authority to trust, and what shows who the client is. */
+export interface ClientTls {
+  /** Null: the authorities that Node knows. */
+  readonly ca: Buffer | null;
+  readonly identity: { readonly cert: Buffer; readonly key: Buffer } | null;
+}
+
+/** @param tls null: none @throws ConfigError */
+export function clientCredentials(tls: ClientTls | null = null): ChannelCredentials {
+  if (!tls) return credentials.createInsecure();
+  try {
+    return credentials.createSsl(tls.ca, tls.identity?.key ?? null, tls.identity?.cert ?? null);
+  } catch (error) {
+    throw new ConfigError(`TLS cannot use the certificates and key given: ${(error as Error).message}`);
+  }
 }
 
 /** Prompts go to the server itself, whatever proxy the environment names for other things. */

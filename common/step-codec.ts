@@ -65,11 +65,14 @@ export type StepExtendResult =
       readonly keys: ArrayLike<number>;
     }
   | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
-  | { readonly kind: 'logits'; readonly logits: Float32Array };
+  | { readonly kind: 'logits'; readonly logits: Float32Array }
+  /** What this Extend wanted could not be made; the others are not touched by it. */
+  | { readonly kind: 'error'; readonly message: string };
 
-const KINDS = ['none', 'sample', 'candidates', 'targets', 'logits'] as const;
-/** Offset of the kind in {@link KINDS}, as its word. */
-const KIND = { none: 0, sample: 1, candidates: 2, targets: 3, logits: 4 } as const;
+const WANTS = ['none', 'sample', 'candidates', 'targets', 'logits'] as const;
+const RESULTS = [...WANTS, 'error'] as const;
+/** Offset of the kind in {@link WANTS} and {@link RESULTS}, as its word. */
+const KIND = { none: 0, sample: 1, candidates: 2, targets: 3, logits: 4, error: 5 } as const;
 
 export function encodeStepBody({ blockCopies, extends: all }: StepBody): Uint8Array {
   const out = new Writer();
@@ -134,6 +137,9 @@ export function encodeResultBody(results: readonly StepExtendResult[]): Uint8Arr
       case 'logits':
         out.floats(result.logits);
         break;
+      case 'error':
+        out.text(result.message);
+        break;
     }
   }
   return out.finish();
@@ -148,7 +154,7 @@ export function decodeResultBody(bytes: Uint8Array) {
 }
 
 function readResult(from: Reader) {
-  switch (from.kind()) {
+  switch (from.kind(RESULTS)) {
     case 'none':
       return { kind: 'none' as const };
     case 'sample':
@@ -159,6 +165,8 @@ function readResult(from: Reader) {
       return { kind: 'targets' as const, logprobs: from.floats() };
     case 'logits':
       return { kind: 'logits' as const, logits: from.floats() };
+    case 'error':
+      return { kind: 'error' as const, message: from.text() };
   }
 }
 
@@ -197,7 +205,7 @@ function writeWant(out: Writer, want: StepWant): void {
 }
 
 function readWant(from: Reader) {
-  switch (from.kind()) {
+  switch (from.kind(WANTS)) {
     case 'none':
       return { kind: 'none' as const };
     case 'sample':
@@ -249,7 +257,7 @@ function readNoise(from: Reader): StepNoise {
 if (new Uint8Array(Uint32Array.of(1).buffer)[0] !== 1)
   throw new EngineError('this machine is big-endian; steps are sent as little-endian words');
 
-/** Words one after another; an array is its length and its elements. */
+/** Words one after another; an array is its length and its elements, a text its length in bytes and its UTF-8 in whole words. */
 class Writer {
   private buffer = new Uint32Array(1024);
   private asFloats = new Float32Array(this.buffer.buffer);
@@ -277,6 +285,15 @@ class Writer {
     if (this.at + values.length > this.buffer.length) this.grow(values.length);
     this.asFloats.set(values, this.at);
     this.at += values.length;
+  }
+
+  text(value: string): void {
+    const bytes = new TextEncoder().encode(value);
+    const words = Math.ceil(bytes.length / 4);
+    this.word(bytes.length);
+    if (this.at + words > this.buffer.length) this.grow(words);
+    new Uint8Array(this.buffer.buffer, this.at * 4).set(bytes);
+    this.at += words;
   }
 
   finish(): Uint8Array {
@@ -336,8 +353,18 @@ class Reader {
     return this.asFloats.subarray(this.at - length, this.at);
   }
 
-  kind(): (typeof KINDS)[number] {
-    const kind = KINDS[this.word()];
+  text(): string {
+    const length = this.word();
+    const words = Math.ceil(length / 4);
+    if (words > this.buffer.length - this.at) this.tooShort();
+    this.at += words;
+    return new TextDecoder('utf-8', { ignoreBOM: true }).decode(
+      new Uint8Array(this.buffer.buffer, this.buffer.byteOffset + (this.at - words) * 4, length),
+    );
+  }
+
+  kind<Kind>(kinds: readonly Kind[]): Kind {
+    const kind = kinds[this.word()];
     if (kind === undefined) throw new EngineError(`a ${this.what} body with an unknown kind in word ${this.at - 1}`);
     return kind;
   }

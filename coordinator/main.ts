@@ -14,10 +14,16 @@ import { Supervisor } from './group/supervisor.js';
 import { WorkerGroup } from './group/worker-group.js';
 import { checkListen, listen } from './listen.js';
 import { createWorkerSocketPath } from './runtime-dir.js';
-import { DEFAULT_LIMITS } from './limits.js';
+import type { Limits } from './limits.js';
 import { ServingLoop } from './serving-loop.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { statusSnapshot } from './status/snapshot.js';
+
+interface TlsPaths {
+  readonly cert: string;
+  readonly key: string;
+  readonly clientCa: string | null;
+}
 
 export interface ServeOptions {
   readonly model: string;
@@ -39,17 +45,33 @@ export interface ServeOptions {
   readonly kvDtype: 'fp16' | 'fp32';
   readonly isa: string;
   readonly stepTimeoutMs: number;
+  /** What clients call the model; null: the name of its folder. */
+  readonly modelName: string | null;
+  /** Null: no HTTP. */
+  readonly httpListen: string | null;
+  readonly access: { readonly apiKeysFile: string | null; readonly tls: TlsPaths | null };
+  readonly limits: Limits;
+  /** Tokens of a step before runs are sliced by layers; 0: never sliced. */
+  readonly maxStepTokens: number;
+  /** Null: half of the KV blocks. */
+  readonly contextCacheBlocks: number | null;
+  readonly otlpEndpoint: string | null;
   readonly logLevel: LogLevel;
 }
 
 export interface RunningServer {
   /** The public API's address as clients write it. */
   readonly address: string;
+  /** Null: there is no HTTP. */
+  readonly httpAddress: string | null;
   /** Rejects when the server can not go on. */
   readonly failed: Promise<never>;
+  /** Reads API keys and TLS files again. */
+  reload(): void;
   close(): Promise<void>;
 }
 
+export const DEFAULT_STEP_TOKENS = 256;
 const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
@@ -73,6 +95,8 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
   const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
+  // A step's whole runs beside one that goes through the layers.
+  const maxBatchTokens = maxRunTokens + Math.max(MAX_EXTENDS, options.maxStepTokens);
   let supervisor: Supervisor | null = null;
   const group = new WorkerGroup({
     worldSize: options.worldSize,
@@ -83,7 +107,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     kvBlocks: (totalMemoryBytes) =>
       options.kvBlocks ??
       kvBlocksFor({ config, share, blockSize: KV_BLOCK_SIZE, dtype: options.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
-    maxBatchTokens: maxRunTokens + MAX_EXTENDS,
+    maxBatchTokens,
     collectiveTimeoutMs: options.stepTimeoutMs,
     stepTimeoutMs: options.stepTimeoutMs,
     heartbeatMs: HEARTBEAT_MS,
@@ -127,11 +151,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     loop = new ServingLoop(
       group,
       {
-        ...DEFAULT_LIMITS,
-        stepTokens: 256,
-        maxBatchTokens: maxRunTokens + MAX_EXTENDS,
+        ...options.limits,
+        stepTokens: options.maxStepTokens || maxBatchTokens,
+        maxBatchTokens,
         maxExtends: MAX_EXTENDS,
-        contextCacheBlocks: Math.floor(group.capacity.kvBlocks / 2),
+        contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,
     );
@@ -141,7 +165,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
       modelName: 'glm',
       tokenizer,
       blockSize: KV_BLOCK_SIZE,
-      limits: DEFAULT_LIMITS,
+      limits: options.limits,
       loop: () => running,
       health: () => ({ state: 'ready', reason: '' }),
     });
@@ -170,7 +194,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
       { address, worldSize: options.worldSize, kvBlocks: group.capacity.kvBlocks, startMs: Math.round(performance.now() - startMs) },
       'ready',
     );
-    return { address, failed: group.failed, close };
+    return { address, httpAddress: null, failed: group.failed, reload: () => {}, close };
   } catch (error) {
     await close();
     throw error;

@@ -35,8 +35,8 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
-import type { ActiveSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
-import { type LoopObserver, NO_OBSERVER, type RequestTimings } from './status/observer.js';
+import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
+import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
 
 /** One request as the loop sees it: a strategy to drive, how it is to be scheduled, and what it can come to need. */
 export interface Job<R> {
@@ -53,7 +53,7 @@ export interface Job<R> {
   /** Sequences that it can have at once, at worst. */
   readonly maxSequences: number;
   /** W3C trace context of the caller, for the traces. */
-  readonly traceParent?: string | undefined;
+  readonly traceParent?: string | null;
   start(sequences: Sequences): Strategy<R>;
 }
 
@@ -154,7 +154,6 @@ export class ServingLoop {
     promptTokens: 0,
     generatedTokens: 0,
   };
-  private readonly rankSeconds: { computeSeconds: number; collectiveSeconds: number }[] = [];
   private wake: (() => void) | null = null;
   private closed = false;
   private draining = false;
@@ -270,7 +269,6 @@ export class ServingLoop {
       queuedTokens: this.queuedTokens,
       kv: { blockSize, totalBlocks, usedBlocks, cachedBlocks, freeBlocks, peakUsedBlocks },
       contextCache: this.contexts.stats,
-      ranks: this.rankSeconds.map((rank) => ({ ...rank })),
       active: this.listActive(),
     };
   }
@@ -302,11 +300,13 @@ export class ServingLoop {
         const flushMs = this.now() - sentMs;
         const answer = await result;
         const answeredMs = this.now();
+        const tokensBefore = this.totals.generatedTokens;
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
           scheduleMs: plannedMs - startMs,
           roundTripMs: answeredMs - plannedMs,
           emitMs: flushMs + this.now() - answeredMs,
+          generatedTokens: this.totals.generatedTokens - tokensBefore,
         });
       } catch (error) {
         if (error instanceof EpochEndedError) await this.recover(step, error);
@@ -447,11 +447,6 @@ export class ServingLoop {
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
     const nowMs = this.now();
     this.totals.steps += 1;
-    ranks.forEach(({ computeMs, collectiveMs }, rank) => {
-      const seconds = (this.rankSeconds[rank] ??= { computeSeconds: 0, collectiveSeconds: 0 });
-      seconds.computeSeconds += computeMs / 1000;
-      seconds.collectiveSeconds += collectiveMs / 1000;
-    });
     this.totals.stepSeconds += longest(ranks, 'computeMs') / 1000;
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 
@@ -503,7 +498,7 @@ export class ServingLoop {
   private observe(
     { whole, slice }: PlannedStep,
     { ranks, evaluateMs, codecMs }: EngineStepResult,
-    { scheduleMs, roundTripMs, emitMs }: { scheduleMs: number; roundTripMs: number; emitMs: number },
+    { roundTripMs, ...measured }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly roundTripMs: number },
   ): void {
     const stepMs = longest(ranks, 'computeMs');
     const allReduceMs = longest(ranks, 'collectiveMs');
@@ -515,13 +510,12 @@ export class ServingLoop {
       else prefillTokens += length;
     }
     this.observer.step({
-      scheduleMs,
+      ...measured,
       wireMs: Math.max(0, roundTripMs - stepMs),
       codecMs,
       computeMs: Math.max(0, stepMs - allReduceMs - evaluateMs),
       allReduceMs,
       sampleMs: evaluateMs,
-      emitMs,
       ranks,
       decodeTokens,
       prefillTokens,
@@ -808,7 +802,7 @@ export class ServingLoop {
       cachedPromptTokens: request.cachedPromptTokens,
       generatedTokens: request.generatedTokens,
       preemptions: request.preemptions,
-      traceParent: job.traceParent,
+      traceParent: job.traceParent ?? null,
     });
     if (this.byRequestId.size === 0) for (const resolve of this.idle.splice(0)) resolve();
     return timings;
@@ -833,9 +827,9 @@ export class ServingLoop {
     }
   }
 
-  private listActive(): ActiveSnapshot[] {
+  private listActive(): ActiveRequestSnapshot[] {
     const nowMs = this.now();
-    const list: ActiveSnapshot[] = [];
+    const list: ActiveRequestSnapshot[] = [];
     for (const request of this.byRequestId.values()) {
       if (list.length === MOST_LISTED) break;
       const { job, state, isPreempted, firstResultMs, priority, generatedTokens } = request;

@@ -20,7 +20,7 @@ if (!['c++', 'g++', 'clang++', process.env.CXX].some((compiler) => compiler && h
 }
 
 step('packages', 'node_modules/.tandem-setup', ['package-lock.json'], () => npm('ci', '--no-audit', '--no-fund'));
-step('types of the gRPC messages', 'proto/generated/.tandem-setup', ['proto/tandem', 'package-lock.json'], () => npm('run', 'build:proto'));
+step('types of the gRPC messages', 'proto/generated/.tandem-setup', ['proto', 'package-lock.json'], () => npm('run', 'build:proto'));
 step('native addon', 'native/build/.tandem-setup', ['native'], () => npm('run', 'build:native'));
 step('program', 'dist/.tandem-setup', sourcesOfProgram(), () => npm('run', 'build:ts'));
 
@@ -35,7 +35,7 @@ function sourcesOfProgram() {
     'coordinator',
     'model',
     'native/binding',
-    'proto/tandem',
+    'proto',
     'test',
     'worker',
     'tsconfig.json',

@@ -120,7 +120,7 @@ describe('wrong command lines', () => {
     { args: ['generate', '--model', '/no/such/store'], words: ['model store /no/such/store does not exist'] },
   ])('tandem $args', ({ args, words }) => expectRefusal(runCli(args), ...words));
 
-  test.concurrent.each(['', 'serve', 'worker', 'generate', 'import', 'inspect', 'status', 'logits', 'demo'])(
+  test.concurrent.each(['', 'serve', 'worker', 'generate', 'import', 'inspect', 'status', 'top', 'logits', 'demo'])(
     '%s --help',
     async (command) => {
       const help = await expectSuccess(runCli([...(command === '' ? [] : [command]), '--help']));
@@ -589,8 +589,8 @@ describe('generate', () => {
 
   test('status shows what was done', async () => {
     const shown = await expectSuccess(runCli(['status', '--address', cluster.address]));
-    expect(shown).toMatch(/^tandem \d+\.\d+\.\d+: ready, up \d+ s, epoch 1\n/);
-    expect(shown).toContain(`model     ${store} (FP16, 6 layers, hidden 256, vocabulary 4096)`);
+    expect(shown).toMatch(/^tandem \d+\.\d+\.\d+: ready, up \d+s, epoch 1\n/);
+    expect(shown).toContain(`model     glm: ${store} (FP16, 6 layers, hidden 256, vocabulary 4096, context 512)`);
     expect(shown).toMatch(/\nrank +pid +state +device +weights .*\n +0 +\d+ +ready .*\n +1 +\d+ +ready .*\n$/);
     const json = JSON.parse(await expectSuccess(runCli(['status', '--address', cluster.address, '--json']))) as Record<string, unknown>;
     expect(json).toMatchObject({ state: 'ready', model: { path: store, numLayers: 6 }, requests: { running: 0 } });

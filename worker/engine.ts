@@ -11,13 +11,13 @@ export function nativeBuild(): NativeAddon['build'] {
 
 /**
  * What the failure of a step means:
- * - `in-step`: all ranks can go on; it was refused alike by every rank before anything ran, or only its results could not be made;
+ * - `in-step`: all ranks can go on; it was refused alike by every rank before anything ran;
  * - `aborted`: another rank ended the collectives; why, the coordinator learns from that rank;
  * - `fatal`: the ranks are in different states.
  */
 export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal' {
   const code = nativeErrorCode(stepError);
-  if (code === 'INVALID_ARGUMENT' || code === 'EVALUATION') return 'in-step';
+  if (code === 'INVALID_ARGUMENT') return 'in-step';
   return code === 'ABORTED' ? 'aborted' : 'fatal';
 }
 

@@ -11,7 +11,7 @@ export function decodeStep({ stepId, body }: Step__Output): NativeStep {
 export function encodeStepResult(result: NativeStepResult): StepResult {
   return {
     stepId: result.stepId,
-    body: encodeResultBody(result.results) as Buffer,
+    body: encodeResultBody(result.results),
     computeMicros: Math.round(result.computeMicros),
     collectiveMicros: Math.round(result.collectiveMicros),
     evaluateMicros: Math.round(result.evaluateMicros),

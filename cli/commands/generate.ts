@@ -10,6 +10,7 @@ import type { Finish__Output } from '../../proto/generated/tandem/v1/Finish.js';
 import type { TokenLogprob__Output } from '../../proto/generated/tandem/v1/TokenLogprob.js';
 import { answerView } from '../answer-view.js';
 import { connect, type TandemClient } from '../client.js';
+import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
 import { describeError, isServiceError } from '../describe-error.js';
 import { inLineTerms, isSeed, parseInputLine, toWireRequest, type GenerateParams, type PromptInput } from '../input-line.js';
 import { interruptible } from '../interrupt.js';
@@ -17,7 +18,7 @@ import { startLocalCluster } from '../local-cluster.js';
 import { decimalNumber, wholeNumber } from '../number-option.js';
 import { readLines } from '../read-lines.js';
 
-interface GenerateArgs {
+interface GenerateArgs extends ConnectionArgs {
   address: string | undefined;
   model: string | undefined;
   worldSize: number;
@@ -48,6 +49,7 @@ interface GenerateArgs {
 
 const INPUT = 'Input and output:';
 const GENERATION = 'Generation:';
+const CONNECTION = 'To the server at --address:';
 const SERVER = 'A server of its own, where no --address is given:';
 
 export const generateCommand: CommandModule<unknown, GenerateArgs> = {
@@ -92,6 +94,7 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
         'no-repeat-ngram-size': whole('no-repeat-ngram-size', 0, 'No run of so many tokens is generated twice (0: off)'),
         deterministic: { group: GENERATION, type: 'boolean', default: false, describe: 'Beam search without sampling' },
       })
+      .options(connectionOptions(CONNECTION))
       .options({
         model: { group: SERVER, type: 'string', describe: 'Model store (default: the tiny model)' },
         'world-size': { group: SERVER, ...wholeNumber('world-size', { min: 1, default: 1, describe: 'Workers' }) },
@@ -109,9 +112,10 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
   async handler(args) {
     if (args.inputSource !== 'interactive') checkReadable(args.inputSource);
     if (args.outputPath !== undefined) makeFolder(args.outputPath);
+    const credentials = toCredentials(args);
     await interruptible(async (signal) => {
       const cluster = args.address === undefined ? await startLocalCluster({ ...clusterOptions(args), signal }) : null;
-      const client = cluster?.client ?? (await connect(args.address!));
+      const client = cluster?.client ?? (await connect(args.address!, credentials));
       try {
         if (args.inputSource !== 'interactive') await answerFile(client, args, signal);
         else if (process.stdin.isTTY === true) await answerTerminal(client, args, signal);

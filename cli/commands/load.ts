@@ -3,7 +3,8 @@ import { once } from 'node:events';
 import { status } from '@grpc/grpc-js';
 import type { CommandModule } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
-import { connect } from '../client.js';
+import { connect, type Credentials } from '../client.js';
+import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
 import { isServiceError } from '../describe-error.js';
 import { interruptible } from '../interrupt.js';
 import { parseArrivals } from '../load/arrivals.js';
@@ -25,7 +26,7 @@ const DEFAULT_CONCURRENCY = 8;
 /** Masks, `<sop>` and the `</s>` that a prompt may get. */
 const ADDED_TOKENS = 4;
 
-interface LoadArgs {
+interface LoadArgs extends ConnectionArgs {
   address: string;
   http: string | undefined;
   httpModel: string;
@@ -48,7 +49,6 @@ interface LoadArgs {
   beams: number;
   stopAtEnd: boolean;
   cancelFraction: number;
-  apiKey: string | undefined;
   keys: string | undefined;
   priority: number;
   timeoutMs: number;
@@ -119,7 +119,7 @@ export const loadCommand: CommandModule<unknown, LoadArgs> = {
         'cancel-fraction',
         decimalNumber('cancel-fraction', { default: 0, describe: 'Share of requests whose client leaves in mid-stream' }),
       )
-      .option('api-key', { type: 'string', describe: 'Sent with every request' })
+      .options(connectionOptions())
       .option('keys', { type: 'string', describe: 'File with one API key per line, taken in turn' })
       .option('priority', decimalNumber('priority', { default: 0, describe: 'Of all requests; higher goes first' }))
       .option('timeout-ms', wholeNumber('timeout-ms', { min: 0, default: 0, describe: 'Of each request; 0: none' }))
@@ -131,15 +131,20 @@ export const loadCommand: CommandModule<unknown, LoadArgs> = {
     checkArgs(args);
     const slo = args.slo === undefined ? null : parseSlo(args.slo);
     const pace = toPace(args);
-    const prompts = args.prompts === undefined ? await randomPrompts(args) : textPrompts(args.prompts);
+    const keys = args.keys === undefined ? null : readList('keys', args.keys);
+    const credentials = toCredentials(args);
+    const prompts =
+      args.prompts === undefined
+        ? await randomPrompts(args, keys ? { ...credentials, apiKey: keys[0]! } : credentials)
+        : textPrompts(args.prompts);
     const workload = {
       seed: args.seed,
       prompts,
       outputTokens: parseDistribution('output-tokens', args.outputTokens),
       cancelFraction: args.cancelFraction,
-      keys: args.keys === undefined ? (args.apiKey === undefined ? [] : [args.apiKey]) : readList('keys', args.keys),
+      keys: keys ?? (credentials.apiKey === null ? [] : [credentials.apiKey]),
     };
-    const target = toTarget(args);
+    const target = toTarget(args, credentials);
     const record = args.record === undefined ? null : await openRecord(args.record);
     const showsProgress = process.stderr.isTTY;
     await interruptible(async (signal) => {
@@ -211,11 +216,11 @@ function describePace(pace: Pace): string {
     : `open loop of ${pace.rate} requests/s (${pace.arrivals.kind === 'gamma' ? `gamma:${pace.arrivals.burstiness}` : pace.arrivals.kind})`;
 }
 
-function toTarget(args: LoadArgs): LoadTarget {
+function toTarget(args: LoadArgs, { tls }: Credentials): LoadTarget {
   const { mode, temperature, seed, beams, priority, timeoutMs, stopAtEnd } = args;
   const shape: RequestShape = { mode, temperature, seed, beams, priority, timeoutMs, stopsAtEnd: stopAtEnd };
-  if (args.http === undefined) return grpcTarget(args.address, args.connections, shape);
-  return httpTarget({ url: args.http, model: args.httpModel, extraBody: parseBody(args.httpBody), shape });
+  if (args.http === undefined) return grpcTarget({ address: args.address, connections: args.connections, tls, shape });
+  return httpTarget({ url: args.http, model: args.httpModel, extraBody: parseBody(args.httpBody), tls, shape });
 }
 
 /** @throws ConfigError */
@@ -236,10 +241,11 @@ function textPrompts(path: string): PromptSource {
 }
 
 /** @throws ConfigError */
-async function randomPrompts(args: LoadArgs): Promise<PromptSource> {
+async function randomPrompts(args: LoadArgs, credentials: Credentials): Promise<PromptSource> {
   const lengths = parseDistribution('prompt-tokens', args.promptTokens);
   const given = args.tokenRange === undefined ? null : parseRange(args.tokenRange);
-  const { low, high, maxTokens } = args.http === undefined ? await askModel(args.address, given) : { ...given!, maxTokens: null };
+  const { low, high, maxTokens } =
+    args.http === undefined ? await askModel(args.address, credentials, given) : { ...given!, maxTokens: null };
   const uniqueFraction = args.uniquePrompts ?? 0;
   return { kind: 'ids', lengths, low, high, maxTokens, sharedContexts: args.sharedContexts, uniqueFraction };
 }
@@ -254,8 +260,12 @@ interface TokenRange {
  * control tokens) comes before them within the first quarter.
  * @throws ConfigError where the server does not tell
  */
-async function askModel(address: string, given: TokenRange | null): Promise<TokenRange & { readonly maxTokens: number | null }> {
-  const client = await connect(address);
+async function askModel(
+  address: string,
+  credentials: Credentials,
+  given: TokenRange | null,
+): Promise<TokenRange & { readonly maxTokens: number | null }> {
+  const client = await connect(address, credentials);
   try {
     const { vocabSize, maxSequenceLength, hasTokenizer } = (await client.status()).model!;
     const [mask = null] = hasTokenizer && !given ? await client.tokenize('[MASK]', true) : [];

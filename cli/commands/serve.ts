@@ -1,19 +1,33 @@
+import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { CommandModule } from 'yargs';
+import type { CommandModule, Options } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
-import { startServer } from '../../coordinator/main.js';
+import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
+import { DEFAULT_STEP_TOKENS, startServer } from '../../coordinator/main.js';
 import { nativeBuild } from '../../worker/engine.js';
 import { modelOrTiny } from '../model-option.js';
 import { wholeNumber } from '../number-option.js';
 
 export const DEFAULT_ADDRESS = '127.0.0.1:7130';
+export const DEFAULT_HTTP_ADDRESS = '127.0.0.1:7131';
 
 /** As a shell reports a command that Ctrl-C ended. */
 const EXIT_INTERRUPTED = 130;
 
-interface ServeArgs {
+type ServeArgs = FlagArgs & Partial<Record<LimitName, number>>;
+
+interface FlagArgs {
   model: string | undefined;
+  modelName: string | undefined;
+  httpListen: string;
+  apiKeys: string | undefined;
+  tlsCert: string | undefined;
+  tlsKey: string | undefined;
+  clientCa: string | undefined;
+  maxStepTokens: number;
+  contextCacheBlocks: number | undefined;
+  otlpEndpoint: string | undefined;
   worldSize: number;
   threads: number;
   listen: string;
@@ -30,6 +44,8 @@ interface ServeArgs {
 export interface ReadyMessage {
   readonly kind: 'ready';
   readonly address: string;
+  /** Null: there is no HTTP. */
+  readonly httpAddress: string | null;
 }
 
 export const serveCommand: CommandModule<unknown, ServeArgs> = {
@@ -37,10 +53,21 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
   describe: 'Start a coordinator and its workers',
   builder: (yargs) =>
     yargs
+      .config('config', 'JSON file with any of these flags, named as here without the dashes in front', readConfigFile)
       .option('model', { type: 'string', describe: 'Model store (default: the tiny model that ships with the project)' })
       .option('world-size', wholeNumber('world-size', { min: 1, default: 2, describe: 'Workers: the tensor-parallel degree' }))
       .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
       .option('listen', { type: 'string', default: DEFAULT_ADDRESS, describe: 'Public gRPC API: host:port or unix:/path' })
+      .option('http-listen', {
+        type: 'string',
+        default: DEFAULT_HTTP_ADDRESS,
+        describe: 'HTTP API, metrics and dashboard: host:port, unix:/path, or "off"',
+      })
+      .option('model-name', { type: 'string', describe: 'What clients call the model (default: the name of its folder)' })
+      .option('api-keys', { type: 'string', describe: 'File of API keys (tandem key new): every call needs one' })
+      .option('tls-cert', { type: 'string', describe: 'PEM file: certificate chain of both APIs' })
+      .option('tls-key', { type: 'string', describe: 'PEM file: its private key' })
+      .option('client-ca', { type: 'string', describe: 'PEM file: clients need a certificate that one of these has signed' })
       .option('worker-listen', { type: 'string', describe: 'Where workers dial in (default: a private Unix socket)' })
       .option('external-workers', {
         type: 'boolean',
@@ -62,6 +89,26 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
         'step-timeout-ms',
         wholeNumber('step-timeout-ms', { min: 1, default: 60_000, describe: 'A step that takes longer ends the epoch' }),
       )
+      .option(
+        'max-step-tokens',
+        wholeNumber('max-step-tokens', {
+          min: 0,
+          default: DEFAULT_STEP_TOKENS,
+          describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
+        }),
+      )
+      .option(
+        'context-cache-blocks',
+        wholeNumber('context-cache-blocks', {
+          min: 0,
+          describe: 'KV blocks that keep contexts nobody uses at the moment (default: half of all)',
+        }),
+      )
+      .option('otlp-endpoint', {
+        type: 'string',
+        describe: 'URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request',
+      })
+      .options(limitFlags())
       .option('log-level', {
         choices: LOG_LEVELS,
         requiresArg: true,
@@ -74,8 +121,11 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
         return true;
       }) as never,
   async handler(args) {
+    let reload: (() => void) | null = null;
     const stop = new Promise<void>((resolve) => {
-      for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => resolve()); // npm and timeout send it twice
+      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => resolve()); // npm and timeout send it twice
+      // With nothing to read again it means what it means to every program: the terminal is gone.
+      process.on('SIGHUP', () => (args.apiKeys || args.tlsCert ? reload?.() : resolve()));
       process.once('disconnect', () => resolve()); // a parent that is gone needs no server
     });
     if (!args.externalWorkers) nativeBuild(); // now, and not from each worker
@@ -88,6 +138,16 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       supervise: !args.externalWorkers,
       workerToken: process.env['TANDEM_WORKER_TOKEN'] ?? null,
       workerCommand: [process.execPath, fileURLToPath(new URL('../main.js', import.meta.url)), 'worker'],
+      modelName: args.modelName ?? null,
+      httpListen: args.httpListen === 'off' ? null : args.httpListen,
+      access: {
+        apiKeysFile: args.apiKeys ?? null,
+        tls: tlsPaths(args),
+      },
+      limits: limitsFrom(args),
+      maxStepTokens: args.maxStepTokens,
+      contextCacheBlocks: args.contextCacheBlocks ?? null,
+      otlpEndpoint: args.otlpEndpoint ?? null,
       kvBlocks: args.kvBlocks ?? null,
       kvDtype: args.kvDtype === 'fp32' ? 'fp32' : 'fp16',
       isa: args.isa === 'auto' ? '' : args.isa,
@@ -96,7 +156,8 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
     });
     const server = await Promise.race([starting, stop.then(() => null)]);
     if (!server) process.exit(EXIT_INTERRUPTED); // nothing is served yet; the workers leave when their link breaks
-    process.send?.({ kind: 'ready', address: server.address } satisfies ReadyMessage);
+    reload = () => server.reload();
+    process.send?.({ kind: 'ready', address: server.address, httpAddress: server.httpAddress } satisfies ReadyMessage);
     try {
       await Promise.race([stop, server.failed]);
     } finally {
@@ -105,3 +166,37 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
     }
   },
 };
+
+/** `--max-queued-requests` and so on: one for each of {@link LIMITS}. */
+function limitFlags(): Record<string, Options> {
+  const flags = Object.entries(LIMITS).map(([name, { default: usual, min, max, what }]) => {
+    const flag = name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+    return [flag, { ...wholeNumber(flag, { min, max, default: usual, describe: `Most ${what}` }), group: 'Limits:' }] as const;
+  });
+  return Object.fromEntries(flags);
+}
+
+/** @throws ConfigError only one of the two is given */
+function tlsPaths({ tlsCert, tlsKey, clientCa }: FlagArgs) {
+  if (tlsCert === undefined && tlsKey === undefined) {
+    if (clientCa !== undefined)
+      throw new ConfigError('--client-ca needs --tls-cert and --tls-key: there are no client certificates without TLS');
+    return null;
+  }
+  if (tlsCert === undefined || tlsKey === undefined) throw new ConfigError('--tls-cert and --tls-key go together: give both');
+  return { cert: tlsCert, key: tlsKey, clientCa: clientCa ?? null };
+}
+
+/** @throws ConfigError */
+function readConfigFile(path: string): Record<string, unknown> {
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(readFileSync(path, 'utf8'));
+  } catch (error) {
+    throw new ConfigError(`--config ${path}: ${(error as Error).message}`);
+  }
+  if (typeof parsed !== 'object' || parsed === null || Array.isArray(parsed)) {
+    throw new ConfigError(`--config ${path}: a JSON object of flags is needed, as in {"world-size": 4}`);
+  }
+  return parsed as Record<string, unknown>;
+}

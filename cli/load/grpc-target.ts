@@ -1,5 +1,5 @@
 import { Metadata, status } from '@grpc/grpc-js';
-import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials } from '../../common/address.js';
+import { CLIENT_CHANNEL_OPTIONS, clientAddress, clientCredentials, type ClientTls } from '../../common/address.js';
 import { Generation } from '../../common/services.js';
 import type { GenerateRequest } from '../../proto/generated/tandem/v1/GenerateRequest.js';
 import type { Finish__Output } from '../../proto/generated/tandem/v1/Finish.js';
@@ -15,12 +15,20 @@ const MODES = {
   unidirectional: 'MODE_UNIDIRECTIONAL',
 } as const;
 
-/** @param connections that the requests are spread over */
-export function grpcTarget(address: string, connections: number, shape: RequestShape): LoadTarget {
+export interface GrpcTargetOptions {
+  readonly address: string;
+  /** That the requests are spread over. */
+  readonly connections: number;
+  /** Null: none. */
+  readonly tls: ClientTls | null;
+  readonly shape: RequestShape;
+}
+
+export function grpcTarget({ address, connections, tls, shape }: GrpcTargetOptions): LoadTarget {
   const clients = Array.from({ length: connections }, () => {
     // Of its own: channels to one address otherwise share a connection.
     const options = { ...CLIENT_CHANNEL_OPTIONS, 'grpc.use_local_subchannel_pool': 1 };
-    return new Generation(clientAddress(address), clientCredentials(), options);
+    return new Generation(clientAddress(address), clientCredentials(tls), options);
   });
   return {
     send(request, onTokens) {

@@ -48,7 +48,7 @@ function sse(response: ServerResponse, ...events: unknown[]): void {
 const text = (piece: string) => ({ id: 'x', object: 'text_completion', choices: [{ index: 0, text: piece, finish_reason: null }] });
 
 async function send(url: string, options: Partial<HttpTargetOptions> = {}, onTokens: (count: number) => void = () => {}): Promise<Ending> {
-  const target = httpTarget({ url, model: 'glm', extraBody: {}, shape, ...options });
+  const target = httpTarget({ url, model: 'glm', extraBody: {}, tls: null, shape, ...options });
   try {
     return await target.send(planned, onTokens).ended;
   } finally {
@@ -125,7 +125,7 @@ test('a client that leaves closes its connection', async () => {
     response.on('close', gone);
     sse(response, text('a'));
   });
-  const target = httpTarget({ url, model: 'glm', extraBody: {}, shape });
+  const target = httpTarget({ url, model: 'glm', extraBody: {}, tls: null, shape });
   const sent = target.send(planned, () => sent.cancel());
   expect(await sent.ended).toEqual({ kind: 'cancelled' });
   await left;
@@ -138,5 +138,5 @@ test('a request that takes too long fails by its timeout', async () => {
 });
 
 test.each(['nonsense', 'ftp://host', ''])('the address "%s" is refused', (url) => {
-  expect(() => httpTarget({ url, model: 'glm', extraBody: {}, shape })).toThrow(/^--http /);
+  expect(() => httpTarget({ url, model: 'glm', extraBody: {}, tls: null, shape })).toThrow(/^--http /);
 });

@@ -2,6 +2,7 @@ import * as http from 'node:http';
 import * as https from 'node:https';
 import { StringDecoder } from 'node:string_decoder';
 import { z } from 'zod';
+import type { ClientTls } from '../../common/address.js';
 import { ConfigError } from '../../common/errors.js';
 import { oneLine } from '../describe-error.js';
 import type { Ending, LoadTarget, RequestShape } from './target.js';
@@ -29,15 +30,17 @@ export interface HttpTargetOptions {
   readonly model: string;
   /** Added to every body. */
   readonly extraBody: Readonly<Record<string, unknown>>;
+  /** Null: as the machine trusts. */
+  readonly tls: ClientTls | null;
   readonly shape: RequestShape;
 }
 
 /** A message with text counts as one token; the usage at the end has the true number. */
-export function httpTarget({ url, model, extraBody, shape }: HttpTargetOptions): LoadTarget {
+export function httpTarget({ url, model, extraBody, tls, shape }: HttpTargetOptions): LoadTarget {
   const base = parseUrl(url);
   const endpoint = new URL(`${base.pathname.replace(/\/$/, '')}/v1/completions`, base);
   const { Agent, request: open } = base.protocol === 'https:' ? https : http;
-  const agent = new Agent({ keepAlive: true, maxSockets: Infinity });
+  const agent = new Agent({ keepAlive: true, maxSockets: Infinity, ...(tls?.ca ? { ca: tls.ca } : {}), ...tls?.identity });
   return {
     send({ prompt, outputTokens, key }, onTokens) {
       const body = JSON.stringify({

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import { InvalidRequestError, NotReadyError } from '../../common/errors.js';
+import { type ErrorCode, InvalidRequestError, NotReadyError, PromptTooLongError, TandemError } from '../../common/errors.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import type { Caller } from '../access/caller.js';
@@ -10,6 +10,7 @@ import { generationRequirements, scoreRequirements } from '../generation/require
 import { score, scoredTokens } from '../generation/scoring.js';
 import type { Limits } from '../limits.js';
 import type { ServingLoop, Ticket } from '../serving-loop.js';
+import { type LoopObserver, NO_OBSERVER, type RejectReason } from '../status/observer.js';
 
 export type ServerState = 'loading' | 'ready' | 'recovering' | 'draining' | 'stopping' | 'failed';
 
@@ -21,6 +22,8 @@ export interface CallContext {
   readonly priority: number;
   /** From now to the end, waiting included. */
   readonly timeoutMs: number | null;
+  /** W3C trace context of the caller, as it came. */
+  readonly traceParent?: string | null;
 }
 
 export interface ServiceOptions {
@@ -33,10 +36,24 @@ export interface ServiceOptions {
   readonly loop: () => ServingLoop | null;
   /** Why the state is what it is, for people; empty when ready. */
   readonly health: () => { readonly state: ServerState; readonly reason: string };
+  readonly observer?: LoopObserver;
 }
+
+const REJECT_REASONS: Readonly<Partial<Record<ErrorCode, RejectReason>>> = {
+  INVALID_REQUEST: 'invalid',
+  PROMPT_TOO_LONG: 'invalid',
+  TOO_LARGE: 'too_large',
+  UNAUTHENTICATED: 'unauthenticated',
+  FORBIDDEN: 'forbidden',
+  QUEUE_FULL: 'queue_full',
+  RATE_LIMITED: 'rate_limited',
+  NOT_READY: 'not_ready',
+};
 
 /** What the APIs can ask of the rest: requests in, tickets out, no wire types. */
 export class ServingService {
+  private readonly refusals = new WeakSet<TandemError>();
+
   constructor(private readonly options: ServiceOptions) {}
 
   get config(): ModelConfig {
@@ -58,39 +75,46 @@ export class ServingService {
 
   /** @param onDelta called as text becomes final, never while the ranks wait for the next step @throws TandemError at once where the request can not be taken */
   generate(request: GenerationRequest, context: CallContext, onDelta: (delta: GenerationDelta) => void): Ticket<GenerationResult> {
-    const model = this.model;
-    const loop = this.loop();
-    const first = contextOf(request, model);
-    return loop.submit({
-      ...scheduling(context),
-      promptTokens: first.row.length,
-      maxBlocks: generationRequirements(request, model, this.options.blockSize, first).blocks,
-      maxSequences: request.beams?.numBeams ?? request.n,
-      start: (sequences) => generate(request, model, sequences, (delta) => loop.defer(() => onDelta(delta)), first),
+    return this.admit((loop) => {
+      const { model } = this;
+      const first = contextOf(request, model);
+      this.checkPromptLength(first.row.length);
+      return loop.submit({
+        ...scheduling(context),
+        promptTokens: first.row.length,
+        maxBlocks: generationRequirements(request, model, this.options.blockSize, first).blocks,
+        maxSequences: request.beams?.numBeams ?? request.n,
+        start: (sequences) => generate(request, model, sequences, (delta) => loop.defer(() => onDelta(delta)), first),
+      });
     });
   }
 
   score(request: ScoreRequest, context: CallContext): Ticket<ScoreResult> {
-    const model = this.model;
-    const loop = this.loop();
-    const tokens = scoredTokens(request, model);
-    return loop.submit({
-      ...scheduling(context),
-      promptTokens: tokens.context.row.length,
-      maxBlocks: scoreRequirements(request, model, this.options.blockSize, tokens).blocks,
-      maxSequences: request.choices.length,
-      start: (sequences) => score(request, model, sequences, tokens),
+    return this.admit((loop) => {
+      const { model } = this;
+      const tokens = scoredTokens(request, model);
+      this.checkPromptLength(tokens.context.row.length);
+      return loop.submit({
+        ...scheduling(context),
+        promptTokens: tokens.context.row.length,
+        maxBlocks: scoreRequirements(request, model, this.options.blockSize, tokens).blocks,
+        maxSequences: request.choices.length,
+        start: (sequences) => score(request, model, sequences, tokens),
+      });
     });
   }
 
   logits(request: LogitsRequest, context: CallContext): Ticket<Float32Array> {
-    checkLogitsRequest(request, this.config);
-    return this.loop().submit({
-      ...scheduling(context),
-      promptTokens: request.ids.length,
-      maxBlocks: Math.ceil(request.ids.length / this.options.blockSize),
-      maxSequences: 1,
-      start: (sequences) => logits(request, this.config, sequences),
+    return this.admit((loop) => {
+      checkLogitsRequest(request, this.config);
+      this.checkPromptLength(request.ids.length);
+      return loop.submit({
+        ...scheduling(context),
+        promptTokens: request.ids.length,
+        maxBlocks: Math.ceil(request.ids.length / this.options.blockSize),
+        maxSequences: 1,
+        start: (sequences) => logits(request, this.config, sequences),
+      });
     });
   }
 
@@ -110,6 +134,29 @@ export class ServingService {
     return this.options.tokenizer;
   }
 
+  /** For the metrics: a call was refused with this error. Counts once, whoever sees it first. */
+  refused(error: unknown): void {
+    if (!(error instanceof TandemError) || this.refusals.has(error)) return;
+    this.refusals.add(error);
+    (this.options.observer ?? NO_OBSERVER).rejected(REJECT_REASONS[error.code] ?? 'other');
+  }
+
+  private admit<R>(submit: (loop: ServingLoop) => Ticket<R>): Ticket<R> {
+    try {
+      return submit(this.loop());
+    } catch (error) {
+      this.refused(error);
+      throw error;
+    }
+  }
+
+  private checkPromptLength(tokens: number): void {
+    const { maxPromptTokens } = this.options.limits;
+    if (maxPromptTokens > 0 && tokens > maxPromptTokens) {
+      throw new PromptTooLongError(`the prompt has ${tokens} tokens, this server allows ${maxPromptTokens}: shorten it`);
+    }
+  }
+
   private get model() {
     return { config: this.options.config, tokenizer: this.options.tokenizer };
   }
@@ -121,6 +168,6 @@ export class ServingService {
   }
 }
 
-function scheduling({ caller, requestId, priority, timeoutMs }: CallContext) {
-  return { caller, requestId: requestId ?? randomUUID(), priority, timeoutMs };
+function scheduling({ caller, requestId, priority, timeoutMs, traceParent = null }: CallContext) {
+  return { caller, requestId: requestId ?? randomUUID(), priority, timeoutMs, traceParent };
 }

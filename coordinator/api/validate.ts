@@ -1,13 +1,16 @@
 /** From wire messages to requests. Every field is checked here, and an error names the field as the client wrote it. */
 import { ForbiddenError, InvalidRequestError } from '../../common/errors.js';
+import type { AbortRequest__Output } from '../../proto/generated/tandem/v1/AbortRequest.js';
 import type { BeamSearch__Output } from '../../proto/generated/tandem/v1/BeamSearch.js';
 import type { DetokenizeRequest__Output } from '../../proto/generated/tandem/v1/DetokenizeRequest.js';
+import type { DrainRequest__Output } from '../../proto/generated/tandem/v1/DrainRequest.js';
 import type { GenerateRequest__Output } from '../../proto/generated/tandem/v1/GenerateRequest.js';
 import type { RequestOptions__Output } from '../../proto/generated/tandem/v1/RequestOptions.js';
 import type { LogitsRequest__Output } from '../../proto/generated/tandem/v1/LogitsRequest.js';
 import type { ScoreRequest__Output } from '../../proto/generated/tandem/v1/ScoreRequest.js';
 import type { TokenizeRequest__Output } from '../../proto/generated/tandem/v1/TokenizeRequest.js';
 import type { TokenIds__Output } from '../../proto/generated/tandem/v1/TokenIds.js';
+import type { WatchStatusRequest__Output } from '../../proto/generated/tandem/v1/WatchStatusRequest.js';
 import type { Limits } from '../limits.js';
 import { type Caller, MAX_PRIORITY } from '../access/caller.js';
 import type { CallContext } from './service.js';
@@ -24,6 +27,10 @@ import {
 
 const DEFAULT_SEED = 1234n;
 const DEFAULT_NEW_TOKENS = 256;
+/** The longest that timers take: 24 days. What asks for more has none to fear. */
+export const MAX_TIMEOUT_MS = 2 ** 31 - 1;
+const UINT32_MAX = 2 ** 32 - 1;
+const WATCH_INTERVAL_MS = { default: 1000, min: 100, max: 60_000 };
 
 const MODES: Readonly<Record<string, Mode>> = {
   MODE_FILL_BLANKS: 'fill-blanks',
@@ -35,13 +42,13 @@ const MODES: Readonly<Record<string, Mode>> = {
 /** @throws InvalidRequestError */
 export function toGenerationRequest(wire: GenerateRequest__Output, limits: Limits): GenerationRequest {
   const beams = wire.beamSearch ? toBeams(wire.beamSearch, limits) : null;
-  const n = wire.n === 0 ? 1 : inRange('n', wire.n, 1, limits.maxSamples);
+  const n = wire.n === 0 ? 1 : wholeInRange('n', wire.n, 1, limits.maxSamples);
   const stopStrings = atMost('stop', wire.stop, limits.maxStopStrings).map((text, i) => {
     const bytes = Buffer.byteLength(text);
     if (bytes === 0 || bytes > limits.maxStopStringBytes) {
       throw new InvalidRequestError(`stop[${i}] has ${bytes} bytes, allowed are 1 to ${limits.maxStopStringBytes}`, `stop[${i}]`);
     }
-    return text;
+    return wellFormed(`stop[${i}]`, text);
   });
   const logitBias = atMost('logit_bias', wire.logitBias, limits.maxLogitBiases).map(({ token, bias }, i) => ({
     token,
@@ -77,7 +84,7 @@ export function toGenerationRequest(wire: GenerateRequest__Output, limits: Limit
     stopStrings,
     logitBias,
     penalties,
-    topLogprobs: wire.logprobs === undefined ? null : inRange('logprobs', wire.logprobs, 0, limits.maxLogprobs),
+    topLogprobs: wire.logprobs === undefined ? null : wholeInRange('logprobs', wire.logprobs, 0, limits.maxLogprobs),
   };
 }
 
@@ -107,6 +114,12 @@ function checkText(field: string, text: string, limits: Limits): string {
   const bytes = Buffer.byteLength(text);
   if (bytes > limits.maxTextBytes)
     throw new InvalidRequestError(`${field} has ${bytes} bytes, at most ${limits.maxTextBytes} are taken`, field);
+  return wellFormed(field, text);
+}
+
+/** Half a surrogate pair is no character, and has no UTF-8. @throws InvalidRequestError */
+function wellFormed(field: string, text: string): string {
+  if (!text.isWellFormed()) throw new InvalidRequestError(`${field} has half of a surrogate pair, which is no character`, field);
   return text;
 }
 
@@ -128,15 +141,43 @@ export function toDetokenizeIds(wire: DetokenizeRequest__Output, limits: Limits)
 
 /** @throws InvalidRequestError, ForbiddenError */
 export function toCallContext(wire: RequestOptions__Output | null, caller: Caller): CallContext {
-  const requestId = wire?.requestId ?? '';
-  if (!/^[A-Za-z0-9._:-]{0,128}$/.test(requestId)) {
-    throw new InvalidRequestError('options.request_id: up to 128 of the characters A-Z a-z 0-9 . _ : - are taken', 'options.request_id');
-  }
-  const priority = inRange('options.priority', wire?.priority ?? 0, -MAX_PRIORITY, MAX_PRIORITY);
+  const requestId = toRequestId('options.request_id', wire?.requestId ?? '');
+  const priority = wholeInRange('options.priority', wire?.priority ?? 0, -MAX_PRIORITY, MAX_PRIORITY);
   if (priority > caller.maxPriority) {
     throw new ForbiddenError(`options.priority is ${priority}, key ${caller.name} allows up to ${caller.maxPriority}`);
   }
-  return { caller, requestId: requestId === '' ? null : requestId, priority, timeoutMs: zeroIsNull(wire?.timeoutMs ?? 0) };
+  return {
+    caller,
+    requestId: requestId === '' ? null : requestId,
+    priority,
+    timeoutMs: toTimeout('options.timeout_ms', wire?.timeoutMs ?? 0),
+  };
+}
+
+/** @throws InvalidRequestError */
+export function toAbortId(wire: AbortRequest__Output): string {
+  if (wire.requestId === '') throw new InvalidRequestError('request_id is missing: give that of the request to end', 'request_id');
+  return toRequestId('request_id', wire.requestId);
+}
+
+/** Milliseconds. @throws InvalidRequestError */
+export function toWatchInterval(wire: WatchStatusRequest__Output): number {
+  const { default: usual, min, max } = WATCH_INTERVAL_MS;
+  return wire.intervalMs === 0 ? usual : wholeInRange('interval_ms', wire.intervalMs, min, max);
+}
+
+/** Milliseconds; null: as long as it takes. @throws InvalidRequestError */
+export function toDrainTimeout(wire: DrainRequest__Output): number | null {
+  return toTimeout('timeout_ms', wire.timeoutMs);
+}
+
+function toTimeout(field: string, ms: number): number | null {
+  return ms === 0 ? null : Math.min(MAX_TIMEOUT_MS, wholeInRange(field, ms, 0, UINT32_MAX));
+}
+
+function toRequestId(field: string, id: string): string {
+  if (/^[A-Za-z0-9._:-]{0,128}$/.test(id)) return id;
+  throw new InvalidRequestError(`${field}: up to 128 of the characters A-Z a-z 0-9 . _ : - are taken`, field);
 }
 
 function toPenalties(wire: GenerateRequest__Output): Penalties {
@@ -172,7 +213,7 @@ function toMode(wire: string, unspecified: Mode): Mode {
 function toBeams(wire: BeamSearch__Output, limits: Limits): BeamParams {
   const prefixes = atMost('beam_search.banned_prefixes', wire.bannedPrefixes, limits.maxBannedPrefixes);
   return {
-    numBeams: inRange('beam_search.num_beams', wire.numBeams, 1, limits.maxBeams),
+    numBeams: wholeInRange('beam_search.num_beams', wire.numBeams, 1, limits.maxBeams),
     lengthPenalty: inRange('beam_search.length_penalty', wire.lengthPenalty, -100, 100),
     noRepeatNgramSize: wire.noRepeatNgramSize,
     deterministic: wire.deterministic,
@@ -189,6 +230,12 @@ function toBeams(wire: BeamSearch__Output, limits: Limits): BeamParams {
 function inRange(field: string, value: number, low: number, high: number): number {
   if (!(value >= low && value <= high)) throw new InvalidRequestError(`${field} is ${value}, allowed are ${low} to ${high}`, field);
   return value;
+}
+
+function wholeInRange(field: string, value: number, low: number, high: number): number {
+  if (!Number.isInteger(value))
+    throw new InvalidRequestError(`${field} is ${value}, allowed are whole numbers from ${low} to ${high}`, field);
+  return inRange(field, value, low, high);
 }
 
 function atMost<T>(field: string, values: T[], most: number): T[] {

@@ -79,5 +79,5 @@ export type ExtendResult =
     }
   | { readonly kind: 'targets'; readonly logprobs: ArrayLike<number> }
   | { readonly kind: 'logits'; readonly logits: Float32Array }
-  /** This Extend failed alone. */
+  /** What was wanted could not be made (a logit is not a number). No other Extend is touched by it. */
   | { readonly kind: 'error'; readonly message: string };

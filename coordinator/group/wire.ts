@@ -30,7 +30,7 @@ export function decodeResults(
 }
 
 function answers(result: ExtendResult, want: Want, vocabSize: number): boolean {
-  if (result.kind === 'error') return true;
+  if (result.kind === 'error') return want.kind !== 'none';
   if (result.kind !== want.kind) return false;
   const areTokens = (tokens: ArrayLike<number>): boolean => Array.prototype.every.call(tokens, (token: number) => token < vocabSize);
   switch (result.kind) {

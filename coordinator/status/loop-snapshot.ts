@@ -1,8 +1,8 @@
-/** What the serving loop knows of itself, for the status page. */
+/** The serving loop in numbers, as status and metrics show it. Totals count from the start of the server. */
 export interface LoopSnapshot {
   readonly running: number;
   readonly queued: number;
-  /** Prompt tokens of the queued ones. */
+  /** Prompt tokens of the queued requests. */
   readonly queuedTokens: number;
   readonly finished: number;
   readonly failed: number;
@@ -13,8 +13,10 @@ export interface LoopSnapshot {
   readonly steps: number;
   readonly promptTokens: number;
   readonly generatedTokens: number;
+  /** On the slowest rank of each step, collectives included. */
   readonly stepSeconds: number;
   readonly collectiveSeconds: number;
+  /** total = used + cached + free. */
   readonly kv: {
     readonly blockSize: number;
     readonly totalBlocks: number;
@@ -31,13 +33,10 @@ export interface LoopSnapshot {
     readonly hitTokens: number;
     readonly evictions: number;
   };
-  /** Of all steps, by rank. */
-  readonly ranks: readonly { readonly computeSeconds: number; readonly collectiveSeconds: number }[];
-  /** Oldest first, at most 200. */
-  readonly active: readonly ActiveSnapshot[];
+  readonly active: readonly ActiveRequestSnapshot[];
 }
 
-export interface ActiveSnapshot {
+export interface ActiveRequestSnapshot {
   readonly requestId: string;
   /** Name of the API key. */
   readonly key: string;
@@ -48,3 +47,24 @@ export interface ActiveSnapshot {
   readonly priority: number;
   readonly ageMs: number;
 }
+
+/** Of a server whose loop has not begun yet: the model loads. */
+export const EMPTY_LOOP: LoopSnapshot = {
+  running: 0,
+  queued: 0,
+  queuedTokens: 0,
+  finished: 0,
+  failed: 0,
+  cancelled: 0,
+  expired: 0,
+  rejected: 0,
+  preemptions: 0,
+  steps: 0,
+  promptTokens: 0,
+  generatedTokens: 0,
+  stepSeconds: 0,
+  collectiveSeconds: 0,
+  kv: { blockSize: 0, totalBlocks: 0, usedBlocks: 0, cachedBlocks: 0, freeBlocks: 0, peakUsedBlocks: 0 },
+  contextCache: { contexts: 0, maxBlocks: 0, hits: 0, misses: 0, hitTokens: 0, evictions: 0 },
+  active: [],
+};

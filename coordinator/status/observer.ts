@@ -30,6 +30,8 @@ export interface StepStats {
   /** Tokens of Extends of one token, and of longer ones (a sliced one counts by its share of the layers). */
   readonly decodeTokens: number;
   readonly prefillTokens: number;
+  /** New tokens that requests took from the results, all samples and beams. */
+  readonly generatedTokens: number;
   readonly extends: number;
 }
 
@@ -47,8 +49,8 @@ export interface RequestStats {
   readonly cachedPromptTokens: number;
   readonly generatedTokens: number;
   readonly preemptions: number;
-  /** W3C trace context of the caller. */
-  readonly traceParent?: string | undefined;
+  /** The W3C header of that name that came with the request: its span becomes a child of the caller's. */
+  readonly traceParent?: string | null;
 }
 
 /**
@@ -60,6 +62,18 @@ export interface RequestTimings {
   readonly prefillMs: number;
   readonly decodeMs: number;
   readonly stallMs: number;
+}
+
+/** One observer that tells several, in their order. */
+export function observers(...all: readonly LoopObserver[]): LoopObserver {
+  return {
+    step: (step) => all.forEach((observer) => observer.step(step)),
+    interToken: (ms) => all.forEach((observer) => observer.interToken(ms)),
+    firstToken: (ms) => all.forEach((observer) => observer.firstToken(ms)),
+    ended: (request) => all.forEach((observer) => observer.ended(request)),
+    rejected: (reason) => all.forEach((observer) => observer.rejected(reason)),
+    preempted: () => all.forEach((observer) => observer.preempted()),
+  };
 }
 
 export const NO_OBSERVER: LoopObserver = {

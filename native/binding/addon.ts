@@ -16,13 +16,13 @@ export interface NativeAddon {
    * ConfigError (an option, or too little memory) or EngineError.
    */
   createEngine(options: NativeEngineOptions): Promise<NativeEngine>;
-  /** The distribution that `sample` would draw from: probabilities [V] after temperature, bans, top-k and top-p. Pure. Throws EngineError. */
+  /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
   /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
 }
 
-export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'EVALUATION' | 'INTERNAL';
+export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
 
 export interface NativeBuild {
   readonly backends: readonly string[];
@@ -95,7 +95,8 @@ export interface NativeExtend {
   readonly bidirectionalTokens: number;
   /**
    * Layers [firstLayer, endLayer) are run. A run may be spread over several steps: the same tokens in each, going on at the layer where the
-   * one before ended; one run at a time, whose activations the engine keeps. Nothing is evaluated before the last layer.
+   * one before ended. One run at a time, whose activations the engine keeps (beginning another drops them; whole Extends may run between), and
+   * one such Extend in a step; its result is `none` before the last layer.
    */
   readonly firstLayer: number;
   readonly endLayer: number;
@@ -166,7 +167,9 @@ export type NativeExtendResult =
   | { readonly kind: 'candidates'; readonly tokens: Uint32Array; readonly logprobs: Float32Array; readonly keys: Float32Array }
   | { readonly kind: 'targets'; readonly logprobs: Float32Array }
   /** [rows, V] row-major. */
-  | { readonly kind: 'logits'; readonly logits: Float32Array };
+  | { readonly kind: 'logits'; readonly logits: Float32Array }
+  /** What this Extend wanted could not be made: a logit is not a number. The other Extends and the ranks are not touched by it. */
+  | { readonly kind: 'error'; readonly message: string };
 
 /** Loads the addon that `npm run build:native` made. @throws ConfigError if there is none, or it does not load here */
 export function loadAddon(): NativeAddon {

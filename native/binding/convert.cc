@@ -55,6 +55,8 @@ Extend ExtendFromJs(const Field& extend) {
   result.block_table = extend.Get("blockTable").Uint32s();
   result.cached_tokens = extend.Get("cachedTokens").Integer(0, kMostUint32);
   result.bidirectional_tokens = extend.Get("bidirectionalTokens").Integer(0, kMostUint32);
+  result.first_layer = extend.Get("firstLayer").Integer(0, kMostUint32);
+  result.end_layer = extend.Get("endLayer").Integer(0, kMostUint32);
   result.want = WantFromJs(extend.Get("want"));
   return result;
 }
@@ -101,6 +103,9 @@ Napi::Value ExtendResultToJs(Napi::Env env, const ExtendResult& result) {
   } else if (const auto* logits = std::get_if<LogitsResult>(&result)) {
     object.Set("kind", "logits");
     object.Set("logits", Float32sToJs(env, logits->logits));
+  } else if (const auto* error = std::get_if<ErrorResult>(&result)) {
+    object.Set("kind", "error");
+    object.Set("message", Napi::String::New(env, error->message));
   } else {
     object.Set("kind", "none");
   }
@@ -108,7 +113,7 @@ Napi::Value ExtendResultToJs(Napi::Env env, const ExtendResult& result) {
 }
 
 Napi::Value CodedError(Napi::Env env, ErrorCode code, const std::string& message) {
-  const char* names[] = {"INVALID_ARGUMENT", "CHECKPOINT", "OUT_OF_MEMORY", "TIMEOUT", "ABORTED", "EVALUATION", "INTERNAL"};
+  const char* names[] = {"INVALID_ARGUMENT", "CHECKPOINT", "OUT_OF_MEMORY", "TIMEOUT", "ABORTED", "INTERNAL"};
   Napi::Error error = Napi::Error::New(env, message);
   error.Set("code", Napi::String::New(env, names[static_cast<int>(code)]));
   return error.Value();
@@ -192,6 +197,11 @@ SamplingParams SamplingParamsFromJs(const Field& params) {
   result.top_k = static_cast<uint32_t>(params.Get("topK").Integer(0, kMostUint32));
   result.top_p = static_cast<float>(params.Get("topP").Number());
   result.banned_tokens = params.Get("bannedTokens").Uint32s();
+  result.bias_tokens = params.Get("biasTokens").Uint32s();
+  const Napi::Float32Array biases = params.Get("biases").Float32s();
+  result.biases.assign(biases.Data(), biases.Data() + biases.ElementLength());
+  result.repetition_penalty = static_cast<float>(params.Get("repetitionPenalty").Number());
+  result.repeated_tokens = params.Get("repeatedTokens").Uint32s();
   return result;
 }
 
@@ -246,6 +256,7 @@ Napi::Value StepResultToJs(Napi::Env env, const StepResult& result) {
   object.Set("results", results);
   object.Set("computeMicros", Napi::Number::New(env, static_cast<double>(result.compute_micros)));
   object.Set("collectiveMicros", Napi::Number::New(env, static_cast<double>(result.collective_micros)));
+  object.Set("evaluateMicros", Napi::Number::New(env, static_cast<double>(result.evaluate_micros)));
   return object;
 }
 

@@ -1,12 +1,13 @@
 import { spawnSync } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { CheckpointError, ConfigError, EngineError } from '../../common/errors.js';
 import {
   loadAddon,
+  nativeErrorCode,
   type NativeEngine,
   type NativeEngineOptions,
   type NativeExtend,
@@ -98,6 +99,8 @@ function extend(run: ReferenceRun, blockTable: readonly number[], cachedTokens: 
     blockTable: Uint32Array.from(blockTable),
     cachedTokens,
     bidirectionalTokens: run.bidirectionalTokens,
+    firstLayer: 0,
+    endLayer: smallConfig.numLayers,
     want,
   };
 }
@@ -122,7 +125,16 @@ function joined(runs: readonly ReferenceRun[]): ReferenceRun {
 
 const blocks = (first: number, tokens: number): number[] => Array.from({ length: Math.ceil(tokens / blockSize) }, (_, i) => first + i);
 const allLogits = (run: ReferenceRun): NativeWant => ({ kind: 'logits', rows: run.tokens.length });
-const params: NativeSamplingParams = { temperature: 0, topK: 0, topP: 0, bannedTokens: new Uint32Array() };
+const params: NativeSamplingParams = {
+  temperature: 0,
+  topK: 0,
+  topP: 0,
+  bannedTokens: new Uint32Array(),
+  biasTokens: new Uint32Array(),
+  biases: new Float32Array(),
+  repetitionPenalty: 1,
+  repeatedTokens: new Uint32Array(),
+};
 const noise = { seed: 12345678901234567890n, stream: 1, position: 3 };
 
 function logitsOf(result: NativeStepResult, index = 0): Float32Array {
@@ -257,21 +269,23 @@ describe('wants', () => {
   test.each([1, 2])('agree with the logits: world size %i', async (worldSize) => {
     const [prefill] = randomRuns(8, 12, 0) as [ReferenceRun];
     const targets = Uint32Array.from([3, 131, 0]);
+    const cut = { ...params, temperature: 1, topK: 3, topP: 0.9, bannedTokens: Uint32Array.from([1]) };
     const wants: NativeWant[] = [
       { kind: 'none' },
       { kind: 'logits', rows: 3 },
       { kind: 'sample', params, noise, topLogprobs: 5 },
-      { kind: 'sample', params: { temperature: 1, topK: 3, topP: 0.9, bannedTokens: Uint32Array.from([1]) }, noise, topLogprobs: 0 },
+      { kind: 'sample', params: cut, noise, topLogprobs: 0 },
       { kind: 'candidates', count: 4, bannedTokens: new Uint32Array(), noise: null },
       { kind: 'candidates', count: 4, bannedTokens: new Uint32Array(), noise },
       { kind: 'targets', tokens: targets },
     ];
     await withGroup({ worldSize }, async (run) => {
-      const { results, computeMicros, collectiveMicros } = await run({
+      const { results, computeMicros, collectiveMicros, evaluateMicros } = await run({
         extends: wants.map((want, i) => extend(prefill, blocks(3 * i, 12), 0, want)),
       });
       expect(computeMicros).toBeGreaterThan(0);
-      expect(collectiveMicros).toBeLessThanOrEqual(computeMicros);
+      expect(evaluateMicros).toBeGreaterThan(0);
+      expect(collectiveMicros + evaluateMicros).toBeLessThanOrEqual(computeMicros);
       const [none, logits, greedy, sampled, candidates, drawn, scored] = results;
       expect(none).toEqual({ kind: 'none' });
       if (logits?.kind !== 'logits' || greedy?.kind !== 'sample' || sampled?.kind !== 'sample') throw new Error('wrong kinds');
@@ -286,12 +300,7 @@ describe('wants', () => {
       expect(greedy.topLogprobs[0]).toBe(greedy.logprob);
       greedy.topLogprobs.forEach((logprob, i) => expect(logprob).toBeCloseTo(last[order[i]!]!, 5));
 
-      const allowed = native.distribution(logits.logits.slice(2 * smallConfig.vocabSize), {
-        temperature: 1,
-        topK: 3,
-        topP: 0.9,
-        bannedTokens: Uint32Array.from([1]),
-      });
+      const allowed = native.distribution(logits.logits.slice(2 * smallConfig.vocabSize), cut);
       expect(allowed[sampled.token]).toBeGreaterThan(0);
       expect(sampled.logprob).toBeCloseTo(last[sampled.token]!, 5);
       expect(sampled.topTokens.length).toBe(0);
@@ -307,13 +316,143 @@ describe('wants', () => {
 
   test('the distribution is pure and checked', () => {
     const logits = Float32Array.from([1, 3, 2, 0]);
-    const one = native.distribution(logits, { temperature: 1, topK: 2, topP: 0, bannedTokens: new Uint32Array() });
+    const one = native.distribution(logits, { ...params, temperature: 1, topK: 2 });
     expect([...one].map((p) => p > 0)).toEqual([false, true, true, false]);
     expect([...one].reduce((a, b) => a + b)).toBeCloseTo(1, 6);
     expect([...logits]).toEqual([1, 3, 2, 0]);
     expect(() => native.distribution(logits, { ...params, topK: 5 })).toThrow(EngineError);
     expect(() => native.distribution([1] as unknown as Float32Array, params)).toThrow('logits: is not a Float32Array');
   });
+});
+
+describe('changes of the logits', () => {
+  const change = {
+    bannedTokens: Uint32Array.from([7]),
+    biasTokens: Uint32Array.from([7, 90, 12]),
+    biases: Float32Array.from([50, 9, 5]),
+    repetitionPenalty: 1.5,
+    repeatedTokens: Uint32Array.from([0, 1, 2, 3, 41, 90, 90, 131]),
+  };
+  /** Biases, then the penalty, then bans; each step rounded to fp32, as the engine's logits are. */
+  const changed = (logits: Float32Array): Float32Array => {
+    const all = Float32Array.from(logits);
+    change.biasTokens.forEach((token, i) => (all[token]! += change.biases[i]!));
+    const { repetitionPenalty } = change;
+    for (const token of new Set(change.repeatedTokens)) all[token]! *= all[token]! > 0 ? 1 / repetitionPenalty : repetitionPenalty;
+    all[7] = -Infinity;
+    return all;
+  };
+
+  test('are what the draw is from, and not in the log-probabilities that are told', async () => {
+    const [prefill] = randomRuns(15, 12, 0) as [ReferenceRun];
+    const wants: NativeWant[] = [
+      { kind: 'logits', rows: 1 },
+      { kind: 'sample', params, noise, topLogprobs: 5 },
+      { kind: 'sample', params: { ...params, ...change }, noise, topLogprobs: 5 },
+      ...Array.from({ length: 30 }, (_, stream): NativeWant => {
+        return { kind: 'sample', params: { ...params, ...change, temperature: 0.7, topK: 2 }, noise: { ...noise, stream }, topLogprobs: 5 };
+      }),
+    ];
+    await withGroup({}, async (run) => {
+      const result = await run({ extends: wants.map((want, i) => extend(prefill, blocks(3 * i, 12), 0, want)) });
+      const logits = logitsOf(result);
+      const samples = result.results.slice(1).map((each) => {
+        if (each.kind !== 'sample') throw new Error(`expected a sample, got ${each.kind}`);
+        return each;
+      });
+      const [plain, greedy, ...drawn] = samples;
+      const own = logProbabilities(logits);
+      const order = [...changed(logits).entries()].sort(([, a], [, b]) => b - a).map(([token]) => token);
+      expect(order[0]).not.toBe(plain!.token); // or the changes show nothing
+      expect(greedy!.token).toBe(order[0]);
+      expect(new Set(drawn.map(({ token }) => token))).toEqual(new Set(order.slice(0, 2)));
+      for (const sample of samples) {
+        expect(sample.logprob).toBeCloseTo(own[sample.token]!, 5);
+        expect(sample.topTokens).toEqual(plain!.topTokens);
+        expect(sample.topLogprobs).toEqual(plain!.topLogprobs);
+      }
+
+      const seen = native.distribution(logits, { ...params, ...change, temperature: 0.7 });
+      const expected = logProbabilities(changed(logits).map((logit) => logit / 0.7)).map(Math.exp);
+      seen.forEach((probability, token) => expect(Math.abs(probability - expected[token]!), `token ${token}`).toBeLessThan(1e-6));
+    });
+  });
+});
+
+describe('layer slices', () => {
+  const { numLayers } = smallConfig;
+
+  test.each([
+    { worldSize: 1, cuts: [1, 2] },
+    { worldSize: 1, cuts: [2] },
+    { worldSize: 2, cuts: [1, 2] },
+  ])('of a run give the bits of the whole one, and hold up nobody: world size $worldSize, cuts at $cuts', async ({ worldSize, cuts }) => {
+    const [prefill, ...decodes] = randomRuns(20, 11, 1 + numLayers) as [ReferenceRun, ...ReferenceRun[]];
+    const [other, next] = randomRuns(21, 30, 1) as [ReferenceRun, ReferenceRun];
+    await withGroup({ worldSize, kvDtype: 'fp16' }, async (run) => {
+      const decodedAlone = await runAll(run, [prefill, ...decodes], blocks(0, 11 + decodes.length));
+      const otherAlone = await runAll(run, [other, next], blocks(20, 31));
+
+      await run({ extends: [extend(prefill, blocks(50, 15), 0, { kind: 'none' })] });
+      const decoded: number[] = [...decodedAlone.slice(0, 11 * smallConfig.vocabSize)];
+      const decode = (): NativeExtend => {
+        const at = decoded.length / smallConfig.vocabSize;
+        return extend(decodes[at - 11]!, blocks(50, 15), at, { kind: 'logits', rows: 1 });
+      };
+      const sliced: number[] = [];
+      for (const [i, endLayer] of [...cuts, numLayers].entries()) {
+        const part = { ...extend(other, blocks(70, 31), 0, allLogits(other)), firstLayer: i === 0 ? 0 : cuts[i - 1]!, endLayer };
+        const result = await run({ extends: [part, decode()] });
+        decoded.push(...logitsOf(result, 1));
+        if (endLayer === numLayers) sliced.push(...logitsOf(result, 0));
+        else expect(result.results[0]).toEqual({ kind: 'none' });
+      }
+      while (decoded.length < decodedAlone.length) decoded.push(...logitsOf(await run({ extends: [decode()] })));
+      sliced.push(...logitsOf(await run({ extends: [extend(next, blocks(70, 31), 30, allLogits(next))] })));
+      expect(Float32Array.from(decoded)).toEqual(decodedAlone);
+      expect(Float32Array.from(sliced)).toEqual(otherAlone);
+    });
+  });
+
+  test('that do not go on where the run stopped are refused on every rank, and the run can still go on', async () => {
+    const [whole] = randomRuns(22, 9, 0) as [ReferenceRun];
+    const all = extend(whole, blocks(0, 9), 0, allLogits(whole));
+    const part = (firstLayer: number, endLayer: number): NativeExtend => ({ ...all, firstLayer, endLayer });
+    await withGroup({ worldSize: 2 }, async (run, ranks) => {
+      const refused = async (extended: NativeExtend, message: string): Promise<void> => {
+        for (const rank of ranks) {
+          const step: NativeStep = { stepId: 1, blockCopies: new Uint32Array(), extends: [extended] };
+          const error: unknown = await rank.step(step).catch((reason: unknown) => reason);
+          expect(error).toBeInstanceOf(EngineError);
+          expect((error as Error).message).toBe(message);
+          expect(nativeErrorCode(error)).toBe('INVALID_ARGUMENT');
+        }
+      };
+      const expected = logitsOf(await run({ extends: [part(0, numLayers)] }));
+      await refused(part(1, 2), 'extends[0].firstLayer: 1, but no run is under way; begin one at layer 0');
+      await run({ extends: [part(0, 1)] });
+      await refused(part(2, 3), 'extends[0].firstLayer: 2, the run under way goes on at layer 1');
+      expect(logitsOf(await run({ extends: [part(1, numLayers)] }))).toEqual(expected);
+      await refused(part(1, 2), 'extends[0].firstLayer: 1, but no run is under way; begin one at layer 0');
+    });
+  });
+});
+
+test('logits that are not numbers are an error of the Extends that look at them, and of these alone', async () => {
+  const bias = models.get('fp32')!.tensors.find(({ name }) => name === 'transformer.final_layernorm.bias')!;
+  const file = path.join(folder, 'nan.bin');
+  writeFileSync(file, new Float32Array(smallConfig.hiddenSize).fill(NaN));
+  const options = engineOptions({}, 0, '');
+  const engine = await native.createEngine({
+    ...options,
+    tensors: options.tensors.map((tensor) => (tensor === bias ? { ...tensor, file, offset: 0 } : tensor)),
+  });
+  const wants: NativeWant[] = [{ kind: 'sample', params, noise, topLogprobs: 0 }, { kind: 'none' }, { kind: 'logits', rows: 2 }];
+  const [run] = randomRuns(23, 4, 0) as [ReferenceRun];
+  const step = { stepId: 1, blockCopies: new Uint32Array(), extends: wants.map((want, i) => extend(run, blocks(i, 4), 0, want)) };
+  const error = { kind: 'error', message: 'a logit is NaN: the weights or the KV cache are damaged' };
+  for (const stepId of [1, 2]) expect((await engine.step({ ...step, stepId })).results).toEqual([error, { kind: 'none' }, error]);
+  await engine.dispose();
 });
 
 describe('a step that cannot run', () => {
@@ -344,6 +483,48 @@ describe('a step that cannot run', () => {
       name: 'top-k above the vocabulary',
       extends: bad({ want: { kind: 'sample', params: { ...params, topK: 133 }, noise, topLogprobs: 0 } }),
       message: 'extends[1].want.params.topK: 133',
+    },
+    {
+      name: 'fewer biases than tokens',
+      extends: bad({ want: { kind: 'sample', params: { ...params, biasTokens: u32(1, 2), biases: Float32Array.of(1) }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.biases: has 1 elements for 2 biasTokens',
+    },
+    {
+      name: 'a bias that is no number',
+      extends: bad({ want: { kind: 'sample', params: { ...params, biasTokens: u32(1, 2), biases: Float32Array.of(1, NaN) }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.biases[1]: must be a finite number',
+    },
+    {
+      name: 'a bias of a token outside the vocabulary',
+      extends: bad({ want: { kind: 'sample', params: { ...params, biasTokens: u32(132), biases: Float32Array.of(1) }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.biasTokens[0]: token 132',
+    },
+    {
+      name: 'biases in the wrong kind of array',
+      extends: bad({ want: { kind: 'sample', params: { ...params, biases: u32() }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.biases: is not a Float32Array',
+    },
+    {
+      name: 'a repetition penalty of 0',
+      extends: bad({ want: { kind: 'sample', params: { ...params, repetitionPenalty: 0 }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.repetitionPenalty: must be a finite number > 0',
+    },
+    {
+      name: 'a repeated token outside the vocabulary',
+      extends: bad({ want: { kind: 'sample', params: { ...params, repeatedTokens: u32(3, 132) }, noise, topLogprobs: 0 } }),
+      message: 'extends[1].want.params.repeatedTokens[1]: token 132',
+    },
+    { name: 'no layers', extends: bad({ endLayer: 0 }), message: 'extends[1].endLayer: 0 is not in 1 .. 3' },
+    { name: 'more layers than there are', extends: bad({ endLayer: 4 }), message: 'extends[1].endLayer: 4 is not in 1 .. 3' },
+    { name: 'layers from behind to front', extends: bad({ firstLayer: 2, endLayer: 1 }), message: 'extends[1].firstLayer: 2, the run ends before layer 1' },
+    { name: 'a layer below 0', extends: bad({ firstLayer: -1 }), message: 'extends[1].firstLayer: is not an integer from 0' },
+    {
+      name: 'two partial runs',
+      extends: [
+        { ...valid, endLayer: 2 },
+        { ...valid, blockTable: u32(9, 10), endLayer: 1 },
+      ],
+      message: 'extends[1].firstLayer: a part of the layers, as of extends[0] already',
     },
     {
       name: 'a seed of 65 bits',
@@ -564,10 +745,14 @@ describe('life', () => {
   ])('$name', ({ script }) => {
     const addon = path.join(import.meta.dirname, '..', 'build', 'Release', 'tandem_addon.node');
     const json = JSON.stringify({ options: engineOptions({}, 0, ''), step }, (_key, value: unknown) =>
-      value instanceof Uint32Array ? { u32: [...value] } : typeof value === 'bigint' ? { bigint: String(value) } : value,
+      value instanceof Uint32Array
+        ? { u32: [...value] }
+        : value instanceof Float32Array
+          ? { f32: [...value] }
+          : typeof value === 'bigint' ? { bigint: String(value) } : value,
     );
     const prelude = `import { createRequire } from 'node:module'; const native = createRequire(process.argv[1])(process.argv[1]);
-      const { options, step } = JSON.parse(process.argv[2], (_k, v) => v?.u32 ? Uint32Array.from(v.u32) : v?.bigint ? BigInt(v.bigint) : v);
+      const { options, step } = JSON.parse(process.argv[2], (_k, v) => v?.u32 ? Uint32Array.from(v.u32) : v?.f32 ? Float32Array.from(v.f32) : v?.bigint ? BigInt(v.bigint) : v);
       const create = (change) => native.createEngine({ ...options, ...change });\n`;
     const child = spawnSync(process.execPath, ['--expose-gc', '--input-type=module', '-e', prelude + script, addon, json], {
       encoding: 'utf8',

@@ -19,6 +19,7 @@ interface FilterCase {
 }
 
 const addon = loadAddon();
+const unchanged = { biasTokens: new Uint32Array(), biases: new Float32Array(), repetitionPenalty: 1, repeatedTokens: new Uint32Array() };
 const PROBABILITY = 1e-6;
 
 describe.each(['A', 'B', 'E'])('filter goldens of random model %s', (model) => {
@@ -28,7 +29,7 @@ describe.each(['A', 'B', 'E'])('filter goldens of random model %s', (model) => {
     const values = new Float32Array(Uint8Array.from(Buffer.from(logits.f32, 'base64')).buffer);
     expect(results.length).toBeGreaterThan(0);
     for (const { temperature, top_k: topK, top_p: topP, invalid, survivors, probs } of results) {
-      const got = addon.distribution(values, { temperature, topK, topP, bannedTokens: Uint32Array.from(invalid) });
+      const got = addon.distribution(values, { temperature, topK, topP, bannedTokens: Uint32Array.from(invalid), ...unchanged });
       const surviving = Array.from(got, (probability, token) => (probability > 0 ? token : -1)).filter((token) => token >= 0);
       const name = JSON.stringify({ temperature, topK, topP, invalid });
       expect(surviving, name).toEqual(survivors === 'all' ? Array.from(values, (_, token) => token) : survivors);
@@ -40,10 +41,14 @@ describe.each(['A', 'B', 'E'])('filter goldens of random model %s', (model) => {
   });
 });
 
+const params = { temperature: 1, topK: 0, topP: 0, bannedTokens: new Uint32Array(), ...unchanged };
 test.each([
-  { name: 'top_k beyond the vocabulary', params: { temperature: 1, topK: 5, topP: 0 }, message: 'top_k' },
-  { name: 'a negative temperature', params: { temperature: -1, topK: 0, topP: 0 }, message: 'temperature' },
-  { name: 'top_p above one', params: { temperature: 1, topK: 0, topP: 1.5 }, message: 'top_p' },
-])('$name is refused by name', ({ params, message }) => {
-  expect(() => addon.distribution(new Float32Array(4), { ...params, bannedTokens: new Uint32Array() })).toThrow(message);
+  { name: 'top-k beyond the vocabulary', change: { topK: 5 }, message: 'params.topK: 5, the vocabulary has 4' },
+  { name: 'a negative temperature', change: { temperature: -1 }, message: 'params.temperature: must be a number >= 0' },
+  { name: 'top-p above one', change: { topP: 1.5 }, message: 'params.topP: must be in 0 .. 1' },
+  { name: 'a banned token outside the vocabulary', change: { bannedTokens: Uint32Array.of(4) }, message: 'params.bannedTokens[0]: token 4' },
+  { name: 'a bias without a token', change: { biases: Float32Array.of(1) }, message: 'params.biases: has 1 elements for 0 biasTokens' },
+  { name: 'a negative repetition penalty', change: { repetitionPenalty: -1 }, message: 'params.repetitionPenalty: must be a finite number > 0' },
+])('$name is refused by name', ({ change, message }) => {
+  expect(() => addon.distribution(new Float32Array(4), { ...params, ...change })).toThrow(message);
 });

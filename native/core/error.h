@@ -6,8 +6,7 @@
 
 namespace tandem {
 
-// kEvaluation: the step ran on all ranks and they are still in step, but its results could not be made (a logit is NaN).
-enum class ErrorCode { kInvalidArgument, kCheckpoint, kOutOfMemory, kTimeout, kAborted, kEvaluation, kInternal };
+enum class ErrorCode { kInvalidArgument, kCheckpoint, kOutOfMemory, kTimeout, kAborted, kInternal };
 
 class Error : public std::runtime_error {
  public:

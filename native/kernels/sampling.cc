@@ -25,27 +25,25 @@ uint64_t RandomBits(const NoiseKey& key, uint32_t token, NoiseUse use) {
   return static_cast<uint64_t>(words[0]) << 32 | words[1];
 }
 
-void CheckParams(int64_t vocab, const SamplingParams& params) {
-  if (vocab < 1) throw Error(ErrorCode::kInvalidArgument, "sampling: no logits");
-  if (!(params.temperature >= 0.0f) || std::isinf(params.temperature)) {
-    throw Error(ErrorCode::kInvalidArgument, "sampling: temperature is " + std::to_string(params.temperature) + ", it must be finite and at least 0");
+// Results stay finite, so that no bias can do what a NaN does, or lift a token that is banned.
+void ChangeLogits(const SamplingParams& params, float* logits) {
+  const auto finite = [](float value) { return std::clamp(value, -std::numeric_limits<float>::max(), std::numeric_limits<float>::max()); };
+  for (size_t i = 0; i < params.bias_tokens.size(); ++i) {
+    float& logit = logits[params.bias_tokens[i]];
+    logit = finite(logit + params.biases[i]);
   }
-  if (params.top_k > vocab) {
-    throw Error(ErrorCode::kInvalidArgument, "sampling: top_k is " + std::to_string(params.top_k) + ", the vocabulary has " + std::to_string(vocab) +
-                                                 " tokens; use 0 for no limit");
-  }
-  if (!(params.top_p >= 0.0f && params.top_p <= 1.0f)) {
-    throw Error(ErrorCode::kInvalidArgument, "sampling: top_p is " + std::to_string(params.top_p) + ", it must be from 0 (no limit) to 1");
+  if (params.repetition_penalty == 1.0f) return;
+  std::vector<uint32_t> repeated(params.repeated_tokens);
+  std::sort(repeated.begin(), repeated.end());
+  repeated.erase(std::unique(repeated.begin(), repeated.end()), repeated.end());
+  for (const uint32_t token : repeated) {
+    float& logit = logits[token];
+    logit = finite(logit > 0.0f ? logit / params.repetition_penalty : logit * params.repetition_penalty);
   }
 }
 
-void Ban(const std::vector<uint32_t>& banned, int64_t vocab, float* logits) {
-  for (const uint32_t token : banned) {
-    if (token >= vocab) {
-      throw Error(ErrorCode::kInvalidArgument, "sampling: banned token " + std::to_string(token) + ", the vocabulary has " + std::to_string(vocab));
-    }
-    logits[token] = kBannedLogit;
-  }
+void Ban(const std::vector<uint32_t>& banned, float logit, float* logits) {
+  for (const uint32_t token : banned) logits[token] = logit;
 }
 
 void CheckLogits(const float* logits, int64_t vocab) {
@@ -103,8 +101,7 @@ int64_t Argmax(const float* values, int64_t count) { return std::max_element(val
 
 // logits / temperature. Where that leaves the range in which kBannedLogit means "never" (a tiny temperature), the logits are taken relative to the
 // largest one first, which is the same distribution.
-void ApplyTemperature(float temperature, int64_t vocab, const std::vector<uint32_t>& banned, float* logits) {
-  for (const uint32_t token : banned) logits[token] = -std::numeric_limits<float>::infinity();
+void ApplyTemperature(float temperature, int64_t vocab, float* logits) {
   const float max = *std::max_element(logits, logits + vocab);
   const float scaled_max = max / temperature;
   const float shift = std::abs(scaled_max) < -kBannedLogit / 2 ? 0.0f : max;
@@ -121,19 +118,44 @@ double Gumbel(const NoiseKey& key, uint32_t token) {
   return -std::log(-std::log(uniform));
 }
 
+void CheckSamplingParams(const SamplingParams& params, int64_t vocab, const std::string& path) {
+  const auto fail = [&](const std::string& field, const std::string& what) { throw Error(ErrorCode::kInvalidArgument, path + "." + field + ": " + what); };
+  const auto check_tokens = [&](const char* field, const std::vector<uint32_t>& tokens) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      if (tokens[i] < vocab) continue;
+      fail(std::string(field) + "[" + std::to_string(i) + "]", "token " + std::to_string(tokens[i]) + ", the vocabulary has " + std::to_string(vocab));
+    }
+  };
+  if (!std::isfinite(params.temperature) || params.temperature < 0.0f) fail("temperature", "must be a number >= 0");
+  if (params.top_k > vocab) fail("topK", std::to_string(params.top_k) + ", the vocabulary has " + std::to_string(vocab));
+  if (!(params.top_p >= 0.0f && params.top_p <= 1.0f)) fail("topP", "must be in 0 .. 1");
+  if (params.biases.size() != params.bias_tokens.size()) {
+    fail("biases", "has " + std::to_string(params.biases.size()) + " elements for " + std::to_string(params.bias_tokens.size()) + " biasTokens");
+  }
+  for (size_t i = 0; i < params.biases.size(); ++i) {
+    if (!std::isfinite(params.biases[i])) fail("biases[" + std::to_string(i) + "]", "must be a finite number");
+  }
+  if (!std::isfinite(params.repetition_penalty) || params.repetition_penalty <= 0.0f) fail("repetitionPenalty", "must be a finite number > 0");
+  check_tokens("bannedTokens", params.banned_tokens);
+  check_tokens("biasTokens", params.bias_tokens);
+  check_tokens("repeatedTokens", params.repeated_tokens);
+}
+
 void Distribution(const float* logits, int64_t vocab, const SamplingParams& params, float* probs) {
-  CheckParams(vocab, params);
+  if (vocab < 1) throw Error(ErrorCode::kInvalidArgument, "logits: there are none");
+  CheckSamplingParams(params, vocab, "params");
   CheckLogits(logits, vocab);
   if (probs != logits) std::copy(logits, logits + vocab, probs);
-  Ban(params.banned_tokens, vocab, probs);
+  ChangeLogits(params, probs);
+  Ban(params.banned_tokens, -std::numeric_limits<float>::infinity(), probs);
   if (params.temperature == 0.0f) {
     const int64_t best = Argmax(probs, vocab);
     std::fill(probs, probs + vocab, 0.0f);
     probs[best] = 1.0f;
     return;
   }
-  ApplyTemperature(params.temperature, vocab, params.banned_tokens, probs);
-  Ban(params.banned_tokens, vocab, probs);
+  ApplyTemperature(params.temperature, vocab, probs);
+  Ban(params.banned_tokens, kBannedLogit, probs);
   KeepTopK(params.top_k, vocab, probs);
   KeepTopP(params.top_p, vocab, probs);
   const float max = *std::max_element(probs, probs + vocab);
@@ -171,9 +193,13 @@ Candidates TopCandidates(const float* logits, int64_t vocab, const std::vector<u
   }
   Candidates best;
   if (count == 0) return best;
+  for (const uint32_t token : banned) {
+    if (token < vocab) continue;
+    throw Error(ErrorCode::kInvalidArgument, "sampling: banned token " + std::to_string(token) + ", the vocabulary has " + std::to_string(vocab));
+  }
   CheckLogits(logits, vocab);
   std::vector<float> allowed(logits, logits + vocab);
-  Ban(banned, vocab, allowed.data());
+  Ban(banned, kBannedLogit, allowed.data());
   const double log_sum = LogSumExp(allowed.data(), vocab);
 
   struct Candidate {

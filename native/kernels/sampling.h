@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace tandem {
@@ -23,8 +24,18 @@ struct SamplingParams {
   float temperature = 1.0f;  // 0: argmax, the lowest id among equals
   uint32_t top_k = 0;        // 0: off; ties at the k-th value all stay; k > V is an error
   float top_p = 0.0f;        // 0: off; the token that crosses p stays
-  std::vector<uint32_t> banned_tokens;
+  std::vector<uint32_t> banned_tokens = {};
+  // Changes of the logits, in this order and before all of the above.
+  std::vector<uint32_t> bias_tokens = {};  // biases[i] is added to the logit of bias_tokens[i]
+  std::vector<float> biases = {};
+  // CTRL (Keskar et al. 2019), section 4.1: a positive logit of a repeated token is divided by it, a negative one multiplied; 1: off. However often a token
+  // is listed, it is penalised once.
+  float repetition_penalty = 1.0f;
+  std::vector<uint32_t> repeated_tokens = {};
 };
+
+// Throws kInvalidArgument naming the field, as in "<path>.topK": values out of range, tokens outside the vocabulary.
+void CheckSamplingParams(const SamplingParams& params, int64_t vocab, const std::string& path);
 
 // probs[v]: what SampleToken draws from. logits, probs: [vocab], may be the same memory. Throws kInvalidArgument.
 void Distribution(const float* logits, int64_t vocab, const SamplingParams& params, float* probs);

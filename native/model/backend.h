@@ -22,7 +22,7 @@ enum class Activation {
 enum class Projection { kQueryKeyValue, kDense, kHTo4h, k4hToH };
 enum class Norm { kInput, kPostAttention, kFinal };
 
-// The rows of one step, the runs of all Extends one after another.
+// The rows of one step: the runs of the Extends one after another, a run that is not whole (Extend::is_whole) behind all others.
 struct Batch {
   std::vector<uint32_t> tokens;
   std::vector<KvSlot> slots;
@@ -45,13 +45,18 @@ class Backend {
   virtual void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) = 0;
   // Starts a step of batch.tokens.size() rows; `batch` lives until the last Logits call.
   virtual void Begin(const Batch& batch) = 0;
+  // The operations that follow work on the first `count` rows of the batch; the other rows of kHidden stay as they are.
+  virtual void UseRows(int64_t count) = 0;
+  // Keeps rows [first, first + count) of kHidden over the end of the step; and puts back what the last SaveCarry kept. One run's at a time.
+  virtual void SaveCarry(int64_t first, int64_t count) = 0;
+  virtual void RestoreCarry(int64_t first, int64_t count) = 0;
   // The rows' embeddings where this rank has them, else zeros.
   virtual void Embed(Activation out) = 0;
   virtual void LayerNorm(int64_t layer, Norm norm, Activation x) = 0;  // in place; layer is ignored for kFinal
   // Column-parallel layers (kQueryKeyValue, kHTo4h) with their bias; row-parallel ones (kDense, k4hToH) without: AddResidual adds it once for all ranks.
   virtual void Linear(int64_t layer, Projection projection, Activation in, Activation out) = 0;
   virtual void RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) = 0;
-  // Goes on with these rows of kHidden, kNarrow and the batch alone. Ascending, not empty.
+  // Goes on with these of the rows in use alone, in kHidden, kNarrow and the batch. Ascending, not empty.
   virtual void KeepRows(const std::vector<int64_t>& rows) = 0;
   virtual void Attention(int64_t layer, Activation q) = 0;  // in place
   virtual void Geglu(Activation u, Activation y) = 0;
@@ -60,7 +65,7 @@ class Backend {
   virtual void AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) = 0;
   // Logits [count, V] of rows [first, first + count) of kHidden, gathered on rank 0. count <= kMaxLogitsRows.
   virtual void Logits(int64_t first, int64_t count) = 0;
-  // Rank 0: what the Extends want of the logits of the last Logits call.
+  // Rank 0: what the Extends want of the logits of the last Logits call. An Extend whose want cannot be met gets an ErrorResult, which stays.
   virtual void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) = 0;
 
   // Time since Begin that went into collectives.

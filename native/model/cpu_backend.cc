@@ -4,7 +4,8 @@
 #include <chrono>
 #include <cstring>
 #include <exception>
-#include <mutex>
+#include <optional>
+#include <string>
 
 #include "kernels/embedding.h"
 #include "kernels/geglu.h"
@@ -29,6 +30,7 @@ CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache&
   const int64_t row = static_cast<int64_t>(sizeof(float));
   const int64_t columns[] = {shape.hidden_size, shape.hidden_size, std::max(3 * local_hidden_, 2 * local_inner_), std::max(local_hidden_, local_inner_)};
   for (int i = 0; i < 4; ++i) activations_[i] = AlignedBuffer(max_batch_tokens * columns[i] * row, "activations");
+  carry_ = AlignedBuffer(max_batch_tokens * shape.hidden_size * row, "activations");
   const int64_t logits_rows = std::min(kMaxLogitsRows, max_batch_tokens);
   local_logits_ = AlignedBuffer(logits_rows * local_vocab_ * row, "logits");
   if (communicator.world_size() > 1) gathered_logits_ = AlignedBuffer(logits_rows * shape.vocab_size * row, "logits");
@@ -36,7 +38,7 @@ CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache&
 }
 
 int64_t CpuBackend::workspace_bytes() const {
-  int64_t bytes = local_logits_.bytes() + gathered_logits_.bytes() + logits_.bytes();
+  int64_t bytes = carry_.bytes() + local_logits_.bytes() + gathered_logits_.bytes() + logits_.bytes();
   for (const AlignedBuffer& buffer : activations_) bytes += buffer.bytes();
   return bytes + static_cast<int64_t>((rotary_.cos.size() + rotary_.sin.size()) * sizeof(float));
 }
@@ -57,6 +59,16 @@ void CpuBackend::Begin(const Batch& batch) {
   rows_ = static_cast<int64_t>(batch.tokens.size());
   attention_ = batch.attention;
   collective_nanos_ = 0;
+}
+
+void CpuBackend::SaveCarry(int64_t first, int64_t count) {
+  const float* rows = At(Activation::kHidden) + first * shape_.hidden_size;
+  std::memcpy(carry_.data(), rows, static_cast<size_t>(count * shape_.hidden_size) * sizeof(float));
+}
+
+void CpuBackend::RestoreCarry(int64_t first, int64_t count) {
+  float* rows = At(Activation::kHidden) + first * shape_.hidden_size;
+  std::memcpy(rows, carry_.data(), static_cast<size_t>(count * shape_.hidden_size) * sizeof(float));
 }
 
 void CpuBackend::Embed(Activation out) {
@@ -145,20 +157,22 @@ void CpuBackend::Logits(int64_t first, int64_t count) {
 
 void CpuBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) {
   const float* logits = communicator_.world_size() == 1 ? local_logits_.as<float>() : logits_.as<float>();
-  std::mutex mutex;
-  std::exception_ptr error;
+  std::vector<std::optional<std::string>> errors(rows.size());
   pool_.ParallelFor(static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const LogitsRow& row = rows[static_cast<size_t>(i)];
       try {
         EvaluateRow(logits + row.row * shape_.vocab_size, shape_.vocab_size, extends[row.extend].want, row.index, results[row.extend]);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (!error) error = std::current_exception();
+      } catch (const std::exception& error) {
+        errors[static_cast<size_t>(i)] = error.what();
       }
     }
   });
-  if (error) std::rethrow_exception(error);
+  // Not before all rows are through: others of the same Extend write into its result.
+  for (size_t i = 0; i < rows.size(); ++i) {
+    ExtendResult& result = results[rows[i].extend];
+    if (errors[i] && !std::holds_alternative<ErrorResult>(result)) result = ErrorResult{*errors[i]};
+  }
 }
 
 }  // namespace tandem

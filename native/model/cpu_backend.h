@@ -22,6 +22,9 @@ class CpuBackend final : public Backend {
   bool is_first_rank() const override { return communicator_.rank() == 0; }
   void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) override;
   void Begin(const Batch& batch) override;
+  void UseRows(int64_t count) override { rows_ = count; }
+  void SaveCarry(int64_t first, int64_t count) override;
+  void RestoreCarry(int64_t first, int64_t count) override;
   void Embed(Activation out) override;
   void LayerNorm(int64_t layer, Norm norm, Activation x) override;
   void Linear(int64_t layer, Projection projection, Activation in, Activation out) override;
@@ -53,6 +56,7 @@ class CpuBackend final : public Backend {
   const RotaryTable rotary_;
 
   AlignedBuffer activations_[4];
+  AlignedBuffer carry_;            // [max_batch_tokens, h]
   AlignedBuffer local_logits_;     // [kMaxLogitsRows, V / R]
   AlignedBuffer gathered_logits_;  // [R, kMaxLogitsRows, V / R]; only where R > 1
   AlignedBuffer logits_;           // [kMaxLogitsRows, V] on rank 0; only where R > 1

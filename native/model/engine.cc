@@ -39,7 +39,7 @@ std::unique_ptr<Communicator> Connect(const EngineOptions& options, const std::a
 Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
     : shape_(CheckedShape(options)),
       cancelled_(cancelled),
-      limits_{shape_.vocab_size, shape_.max_sequence_length, options.kv_blocks, options.kv_block_size, options.max_batch_tokens},
+      limits_{shape_.num_layers, shape_.vocab_size, shape_.max_sequence_length, options.kv_blocks, options.kv_block_size, options.max_batch_tokens},
       pool_(options.threads),
       kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
           options.kv_type),
@@ -49,10 +49,10 @@ Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
 
 StepResult Engine::Run(const Step& step) {
   if (cancelled_.load()) throw Error(ErrorCode::kAborted, "the engine was aborted");
-  ValidateStep(step, limits_);
-  StepResult result;
+  ValidateStep(step, limits_, under_way_);
+  under_way_ = RunUnderWay(step, shape_.num_layers, under_way_);
   try {
-    result = RunStep(shape_, step, limits_.block_size, backend_, cancelled_);
+    return RunStep(shape_, step, limits_.block_size, backend_, cancelled_);
   } catch (const std::exception& error) {
     communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
     const auto* own = dynamic_cast<const Error*>(&error);
@@ -60,8 +60,6 @@ StepResult Engine::Run(const Step& step) {
     if (own != nullptr && (own->code() == ErrorCode::kTimeout || own->code() == ErrorCode::kAborted)) throw;
     throw Error(ErrorCode::kInternal, error.what());
   }
-  if (result.error) std::rethrow_exception(result.error);
-  return result;
 }
 
 EngineMemory Engine::memory() const { return {weights_.bytes(), kv_.bytes(), backend_.workspace_bytes()}; }

@@ -58,6 +58,7 @@ class Engine {
   const ModelShape shape_;
   const std::atomic<bool>& cancelled_;
   StepLimits limits_;
+  std::optional<PartialRun> under_way_;
   ThreadPool pool_;
   KvCache kv_;
   std::unique_ptr<Communicator> communicator_;

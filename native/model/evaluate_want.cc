@@ -35,6 +35,7 @@ ExtendResult EmptyResult(const Want& want, int64_t vocab) {
 }
 
 void EvaluateRow(const float* logits, int64_t vocab, const Want& want, int64_t index, ExtendResult& result) {
+  if (std::holds_alternative<ErrorResult>(result)) return;
   if (std::any_of(logits, logits + vocab, [](float logit) { return std::isnan(logit); })) {
     throw Error(ErrorCode::kInternal, "a logit is NaN: the weights or the KV cache are damaged");
   }

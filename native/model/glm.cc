@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <exception>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "core/error.h"
 #include "model/evaluate_want.h"
@@ -11,56 +14,82 @@
 namespace tandem {
 namespace {
 
-Batch MakeBatch(const Step& step, int64_t block_size) {
+// The rows of one step and the layers that they run through.
+struct Plan {
   Batch batch;
-  for (const Extend& extend : step.extends) {
-    for (size_t i = 0; i < extend.tokens.size(); ++i) {
-      const int64_t row = static_cast<int64_t>(i), index = extend.cached_tokens + row;
-      batch.tokens.push_back(extend.tokens[i]);
-      batch.slots.push_back({extend.positions[i], extend.block_table[static_cast<size_t>(index / block_size)], static_cast<uint32_t>(index % block_size)});
-      batch.attention.push_back({extend.block_table.data(), extend.cached_tokens + std::max(row + 1, extend.bidirectional_tokens)});
-    }
-  }
-  return batch;
-}
+  // Rows that need logits, and where each belongs.
+  std::vector<int64_t> wanted_rows;     // of the batch, ascending
+  std::vector<LogitsRow> wanted_parts;  // wanted_rows[i] is wanted row parts[i].index of extends[parts[i].extend]; parts[i].row is not set yet
+  // The first rows run through all layers, those of the run that is not whole, if there is one, through [first_layer, end_layer).
+  int64_t whole_rows = 0;
+  int64_t partial_rows = 0;
+  int64_t first_layer = 0;
+  int64_t end_layer = 0;
 
-// Rows that need logits, and where each belongs.
-struct Wanted {
-  std::vector<int64_t> rows;     // of the batch, ascending
-  std::vector<LogitsRow> parts;  // rows[i] is wanted row parts[i].index of extends[parts[i].extend]; parts[i].row is not set yet
+  int64_t RowsAt(int64_t layer) const { return whole_rows + (layer >= first_layer && layer < end_layer ? partial_rows : 0); }
 };
 
-Wanted FindWanted(const Step& step) {
-  Wanted wanted;
-  int64_t end = 0;
-  for (size_t e = 0; e < step.extends.size(); ++e) {
-    end += static_cast<int64_t>(step.extends[e].tokens.size());
-    const int64_t count = WantedRows(step.extends[e].want);
-    for (int64_t i = 0; i < count; ++i) {
-      wanted.rows.push_back(end - count + i);
-      wanted.parts.push_back({0, e, i});
-    }
+void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_size, Plan& plan) {
+  const int64_t length = static_cast<int64_t>(extend.tokens.size());
+  for (int64_t row = 0; row < length; ++row) {
+    const int64_t at = extend.cached_tokens + row;
+    plan.batch.tokens.push_back(extend.tokens[static_cast<size_t>(row)]);
+    plan.batch.slots.push_back({extend.positions[static_cast<size_t>(row)], extend.block_table[static_cast<size_t>(at / block_size)],
+                                static_cast<uint32_t>(at % block_size)});
+    plan.batch.attention.push_back({extend.block_table.data(), extend.cached_tokens + std::max(row + 1, extend.bidirectional_tokens)});
   }
-  return wanted;
+  const int64_t end = static_cast<int64_t>(plan.batch.tokens.size()), count = is_wanted ? WantedRows(extend.want) : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    plan.wanted_rows.push_back(end - count + i);
+    plan.wanted_parts.push_back({0, index, i});
+  }
 }
 
-// Leaves the final layer norm of the wanted rows in kHidden; the keys and values of all rows are in the cache.
-void Forward(const ModelShape& shape, const std::vector<int64_t>& wanted_rows, Backend& backend, const std::atomic<bool>& cancelled) {
+Plan MakePlan(const Step& step, int64_t num_layers, int64_t block_size) {
+  Plan plan;
+  std::optional<size_t> partial;
+  for (size_t e = 0; e < step.extends.size(); ++e) {
+    if (step.extends[e].is_whole(num_layers)) {
+      AddRows(step.extends[e], e, true, block_size, plan);
+    } else {
+      partial = e;
+    }
+  }
+  plan.whole_rows = static_cast<int64_t>(plan.batch.tokens.size());
+  if (partial) {
+    const Extend& extend = step.extends[*partial];
+    AddRows(extend, *partial, extend.end_layer == num_layers, block_size, plan);
+    plan.partial_rows = static_cast<int64_t>(extend.tokens.size());
+    plan.first_layer = extend.first_layer;
+    plan.end_layer = extend.end_layer;
+  }
+  return plan;
+}
+
+// Leaves the final layer norm of the wanted rows in kHidden; the keys and values of all rows are in the cache, of the layers that they ran through.
+void Forward(const ModelShape& shape, const Plan& plan, Backend& backend, const std::atomic<bool>& cancelled) {
   constexpr Activation kHidden = Activation::kHidden, kDelta = Activation::kDelta, kWide = Activation::kWide, kNarrow = Activation::kNarrow;
   const float alpha = static_cast<float>(std::sqrt(2.0 * static_cast<double>(shape.num_layers)));
 
-  backend.Embed(kHidden);
-  backend.AllReduce(kHidden);
   for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+    const int64_t rows = plan.RowsAt(layer);
+    if (rows == 0) continue;
     if (cancelled.load()) throw Error(ErrorCode::kAborted, "the step was aborted");
+    backend.UseRows(rows);
+    if (layer == 0) {
+      backend.Embed(kHidden);
+      backend.AllReduce(kHidden);
+    } else if (layer == plan.first_layer) {
+      backend.RestoreCarry(plan.whole_rows, plan.partial_rows);
+    }
 
     // The residual is the normalised value times alpha, so the layer norm is in place (model-spec section 12, 1).
     backend.LayerNorm(layer, Norm::kInput, kHidden);
     backend.Linear(layer, Projection::kQueryKeyValue, kHidden, kWide);
     backend.RotaryAndWriteKv(layer, kWide, kNarrow);
     if (layer == shape.num_layers - 1) {
-      if (wanted_rows.empty()) return;
-      backend.KeepRows(wanted_rows);  // nothing reads the others from here on
+      if (plan.wanted_rows.empty()) return;
+      backend.KeepRows(plan.wanted_rows);  // nothing reads the others from here on
     }
     backend.Attention(layer, kNarrow);
     backend.Linear(layer, Projection::kDense, kNarrow, kDelta);
@@ -73,33 +102,42 @@ void Forward(const ModelShape& shape, const std::vector<int64_t>& wanted_rows, B
     backend.Linear(layer, Projection::k4hToH, kNarrow, kDelta);
     backend.AllReduce(kDelta);
     backend.AddResidual(layer, Projection::k4hToH, alpha, kDelta, kHidden);
+    if (plan.partial_rows > 0 && layer == plan.end_layer - 1 && plan.end_layer < shape.num_layers) {
+      backend.SaveCarry(plan.whole_rows, plan.partial_rows);
+    }
   }
-  backend.LayerNorm(0, Norm::kFinal, kHidden);
+  if (!plan.wanted_rows.empty()) backend.LayerNorm(0, Norm::kFinal, kHidden);
 }
 
-// Fills in result.results or result.error on rank 0. What goes wrong there alone must not keep it from the collectives that the others are in.
-void EvaluateWanted(const Step& step, const Wanted& wanted, int64_t vocab, Backend& backend, StepResult& result) {
-  const auto attempt = [&](auto evaluate) {
-    if (!backend.is_first_rank() || result.error) return;
+// Results with room for what is wanted. What goes wrong on rank 0 alone must not keep it from the collectives that the others are in.
+std::vector<ExtendResult> EmptyResults(const Step& step, const ModelShape& shape) {
+  std::vector<ExtendResult> results;
+  for (const Extend& extend : step.extends) {
     try {
-      evaluate();
-    } catch (const std::exception& error) {
-      result.error = std::make_exception_ptr(Error(ErrorCode::kEvaluation, error.what()));
+      results.push_back(extend.end_layer == shape.num_layers ? EmptyResult(extend.want, shape.vocab_size) : WantNothing{});
+    } catch (const std::bad_alloc&) {
+      results.push_back(ErrorResult{"no memory for " + std::to_string(WantedRows(extend.want)) + " rows of logits"});
     }
-  };
-  attempt([&] {
-    for (const Extend& extend : step.extends) result.results.push_back(EmptyResult(extend.want, vocab));
-  });
-  const int64_t count = static_cast<int64_t>(wanted.rows.size());
+  }
+  return results;
+}
+
+// Fills in result.results on rank 0.
+void EvaluateWanted(const Step& step, const Plan& plan, const ModelShape& shape, Backend& backend, StepResult& result) {
+  if (backend.is_first_rank()) result.results = EmptyResults(step, shape);
+  const int64_t count = static_cast<int64_t>(plan.wanted_rows.size());
+  std::chrono::steady_clock::duration evaluating{};
   for (int64_t first = 0; first < count; first += kMaxLogitsRows) {
     const int64_t n = std::min(kMaxLogitsRows, count - first);
     backend.Logits(first, n);
-    attempt([&] {
-      std::vector<LogitsRow> rows(wanted.parts.begin() + first, wanted.parts.begin() + first + n);
-      for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)].row = i;
-      backend.Evaluate(rows, step.extends, result.results);
-    });
+    if (!backend.is_first_rank()) continue;
+    const auto begin = std::chrono::steady_clock::now();
+    std::vector<LogitsRow> rows(plan.wanted_parts.begin() + first, plan.wanted_parts.begin() + first + n);
+    for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)].row = i;
+    backend.Evaluate(rows, step.extends, result.results);
+    evaluating += std::chrono::steady_clock::now() - begin;
   }
+  result.evaluate_micros = std::chrono::duration_cast<std::chrono::microseconds>(evaluating).count();
 }
 
 }  // namespace
@@ -109,11 +147,10 @@ StepResult RunStep(const ModelShape& shape, const Step& step, int64_t block_size
   StepResult result;
   result.step_id = step.step_id;
   backend.CopyKvBlocks(step.block_copies);
-  const Batch batch = MakeBatch(step, block_size);
-  const Wanted wanted = FindWanted(step);
-  backend.Begin(batch);
-  if (!batch.tokens.empty()) Forward(shape, wanted.rows, backend, cancelled);
-  EvaluateWanted(step, wanted, shape.vocab_size, backend, result);
+  const Plan plan = MakePlan(step, shape.num_layers, block_size);
+  backend.Begin(plan.batch);
+  Forward(shape, plan, backend, cancelled);
+  EvaluateWanted(step, plan, shape, backend, result);
   result.collective_micros = backend.collective_micros();
   result.compute_micros = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
   return result;

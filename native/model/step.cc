@@ -1,7 +1,6 @@
 #include "model/step.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <unordered_map>
 
@@ -12,7 +11,7 @@ namespace {
 
 class Validator {
  public:
-  explicit Validator(const StepLimits& limits) : limits_(limits) {}
+  Validator(const StepLimits& limits, const std::optional<PartialRun>& under_way) : limits_(limits), under_way_(under_way) {}
 
   void CheckBlockCopies(const std::vector<uint32_t>& copies) {
     if (copies.size() % 2 != 0) Fail("blockCopies", "has " + std::to_string(copies.size()) + " elements, they come in pairs (from, to)");
@@ -37,6 +36,7 @@ class Validator {
     if (extend.bidirectional_tokens < 0 || extend.bidirectional_tokens > static_cast<int64_t>(length)) {
       Fail("bidirectionalTokens", std::to_string(extend.bidirectional_tokens) + ", the run has " + std::to_string(length) + " tokens");
     }
+    CheckLayers(index, extend);
     CheckBlockTable(index, extend);
     CheckWant(extend);
     path_.clear();
@@ -65,6 +65,29 @@ class Validator {
     if (token >= limits_.vocab_size) Fail(field, "token " + std::to_string(token) + ", the vocabulary has " + std::to_string(limits_.vocab_size));
   }
 
+  void CheckLayers(size_t index, const Extend& extend) {
+    const auto layer = [](int64_t number) { return std::to_string(number); };
+    if (extend.end_layer < 1 || extend.end_layer > limits_.num_layers) {
+      Fail("endLayer", layer(extend.end_layer) + " is not in 1 .. " + layer(limits_.num_layers) + ", the model's layers");
+    }
+    if (extend.first_layer < 0 || extend.first_layer >= extend.end_layer) {
+      Fail("firstLayer", layer(extend.first_layer) + ", the run ends before layer " + layer(extend.end_layer));
+    }
+    if (extend.is_whole(limits_.num_layers)) return;
+    if (partial_) {
+      Fail("firstLayer", "a part of the layers, as of extends[" + std::to_string(*partial_) + "] already; one Extend of a step may be run in part");
+    }
+    partial_ = index;
+    if (extend.first_layer == 0) return;
+    if (!under_way_) Fail("firstLayer", layer(extend.first_layer) + ", but no run is under way; begin one at layer 0");
+    if (extend.first_layer != under_way_->next_layer) {
+      Fail("firstLayer", layer(extend.first_layer) + ", the run under way goes on at layer " + layer(under_way_->next_layer));
+    }
+    if (static_cast<int64_t>(extend.tokens.size()) != under_way_->tokens) {
+      Fail("tokens", "has " + std::to_string(extend.tokens.size()) + " elements, the run under way has " + std::to_string(under_way_->tokens) + " tokens");
+    }
+  }
+
   void CheckBlockTable(size_t index, const Extend& extend) {
     constexpr int64_t kMost = int64_t{1} << 32;
     if (extend.cached_tokens < 0 || extend.cached_tokens >= kMost) {
@@ -90,13 +113,7 @@ class Validator {
   void CheckWant(const Extend& extend) const {
     const int64_t rows = WantedRows(extend.want), length = static_cast<int64_t>(extend.tokens.size());
     if (const auto* sample = std::get_if<WantSample>(&extend.want)) {
-      const SamplingParams& params = sample->params;
-      if (!std::isfinite(params.temperature) || params.temperature < 0) Fail("want.params.temperature", "must be a number >= 0");
-      if (params.top_k > limits_.vocab_size) {
-        Fail("want.params.topK", std::to_string(params.top_k) + ", the vocabulary has " + std::to_string(limits_.vocab_size));
-      }
-      if (!(params.top_p >= 0 && params.top_p <= 1)) Fail("want.params.topP", "must be in 0 .. 1");
-      CheckTokens("want.params.bannedTokens", params.banned_tokens);
+      CheckSamplingParams(sample->params, limits_.vocab_size, path_ + "want.params");
       if (sample->top_logprobs > limits_.vocab_size) {
         Fail("want.topLogprobs", std::to_string(sample->top_logprobs) + ", the vocabulary has " + std::to_string(limits_.vocab_size));
       }
@@ -118,8 +135,10 @@ class Validator {
   }
 
   const StepLimits& limits_;
+  const std::optional<PartialRun>& under_way_;
   std::string path_;
   std::unordered_map<uint32_t, size_t> writers_;
+  std::optional<size_t> partial_;  // the Extend that is run in part
 };
 
 }  // namespace
@@ -130,11 +149,20 @@ int64_t WantedRows(const Want& want) {
   return std::holds_alternative<WantNothing>(want) ? 0 : 1;
 }
 
-void ValidateStep(const Step& step, const StepLimits& limits) {
-  Validator validator(limits);
+void ValidateStep(const Step& step, const StepLimits& limits, const std::optional<PartialRun>& under_way) {
+  Validator validator(limits, under_way);
   validator.CheckBlockCopies(step.block_copies);
   validator.CheckTotal(step.extends);
   for (size_t i = 0; i < step.extends.size(); ++i) validator.CheckExtend(i, step.extends[i]);
+}
+
+std::optional<PartialRun> RunUnderWay(const Step& step, int64_t num_layers, const std::optional<PartialRun>& before) {
+  for (const Extend& extend : step.extends) {
+    if (extend.is_whole(num_layers)) continue;
+    if (extend.end_layer == num_layers) return std::nullopt;
+    return PartialRun{static_cast<int64_t>(extend.tokens.size()), extend.end_layer};
+  }
+  return before;
 }
 
 }  // namespace tandem

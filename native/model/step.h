@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <optional>
+#include <string>
 #include <variant>
 #include <vector>
 
@@ -41,7 +41,12 @@ struct Extend {
   std::vector<uint32_t> block_table;
   int64_t cached_tokens = 0;
   int64_t bidirectional_tokens = 0;
+  // Layers [first_layer, end_layer) are run: a run may be spread over several steps. Nothing is evaluated before the last layer.
+  int64_t first_layer = 0;
+  int64_t end_layer = 0;
   Want want;
+
+  bool is_whole(int64_t num_layers) const { return first_layer == 0 && end_layer == num_layers; }
 };
 
 struct Step {
@@ -62,17 +67,28 @@ struct TargetsResult {
 struct LogitsResult {
   std::vector<float> logits;  // [rows, V]
 };
-using ExtendResult = std::variant<WantNothing, SampleResult, Candidates, TargetsResult, LogitsResult>;
+// What was wanted could not be made, on rank 0 (a logit is NaN). No other Extend is touched by it, and the ranks are in step.
+struct ErrorResult {
+  std::string message;
+};
+using ExtendResult = std::variant<WantNothing, SampleResult, Candidates, TargetsResult, LogitsResult, ErrorResult>;
 
 struct StepResult {
   uint32_t step_id = 0;
   std::vector<ExtendResult> results;  // one for each Extend on rank 0; empty on the other ranks
   int64_t compute_micros = 0;         // the whole step
   int64_t collective_micros = 0;      // of which in collectives, waiting included
-  std::exception_ptr error;           // set: the results are not valid, but the ranks are still in step
+  int64_t evaluate_micros = 0;        // of which in Evaluate: sampling and looking at logits; rank 0
+};
+
+// A run that earlier steps have begun and not ended: its activations are those of `tokens` tokens before layer `next_layer`.
+struct PartialRun {
+  int64_t tokens = 0;
+  int64_t next_layer = 0;
 };
 
 struct StepLimits {
+  int64_t num_layers = 0;
   int64_t vocab_size = 0;
   int64_t max_sequence_length = 0;
   int64_t num_blocks = 0;
@@ -81,6 +97,10 @@ struct StepLimits {
 };
 
 // Throws kInvalidArgument naming the field, as in "extends[3].blockTable". Depends on the arguments alone: all ranks accept or refuse alike.
-void ValidateStep(const Step& step, const StepLimits& limits);
+//   under_way: what the steps before this one left (RunUnderWay)
+void ValidateStep(const Step& step, const StepLimits& limits, const std::optional<PartialRun>& under_way);
+
+// The run that is under way after a valid step: one that stops before the last layer; else the one from before, unless this step ended it.
+std::optional<PartialRun> RunUnderWay(const Step& step, int64_t num_layers, const std::optional<PartialRun>& before);
 
 }  // namespace tandem

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <set>
+#include <utility>
 
 #include "core/error.h"
 #include "kernels/philox.h"
@@ -17,6 +19,14 @@ std::vector<float> Probs(const std::vector<float>& logits, const SamplingParams&
   std::vector<float> probs(logits.size());
   Distribution(logits.data(), static_cast<int64_t>(logits.size()), params, probs.data());
   return probs;
+}
+
+SamplingParams Changing(SamplingParams params, std::vector<uint32_t> bias_tokens, std::vector<float> biases, float penalty, std::vector<uint32_t> repeated) {
+  params.bias_tokens = std::move(bias_tokens);
+  params.biases = std::move(biases);
+  params.repetition_penalty = penalty;
+  params.repeated_tokens = std::move(repeated);
+  return params;
 }
 
 std::vector<uint32_t> Survivors(const std::vector<float>& probs) {
@@ -36,6 +46,13 @@ void CheckIs(const char* what, const std::vector<float>& probs, const std::vecto
 // Section 4 of the model specification, word by word, in doubles and with whole sorts.
 std::vector<double> DistributionRef(const std::vector<float>& logits, const SamplingParams& params) {
   std::vector<double> l(logits.begin(), logits.end());
+  for (size_t i = 0; i < params.bias_tokens.size(); ++i) {
+    double& value = l[params.bias_tokens[i]];
+    value = static_cast<float>(value + params.biases[i]);
+  }
+  for (const uint32_t token : std::set<uint32_t>(params.repeated_tokens.begin(), params.repeated_tokens.end())) {
+    l[token] = static_cast<float>(l[token] > 0 ? l[token] / params.repetition_penalty : l[token] * params.repetition_penalty);
+  }
   for (double& value : l) value = static_cast<float>(value / params.temperature);
   for (const uint32_t token : params.banned_tokens) l[token] = kBannedLogit;
   const auto softmax = [](const std::vector<double>& values) {
@@ -122,6 +139,12 @@ TEST(distribution_follows_the_specification) {
     params.top_k = generator() % 2 == 0 ? 0 : 1 + generator() % static_cast<uint32_t>(vocab);
     params.top_p = std::vector<float>{0.0f, 0.1f, 0.7f, 0.95f, 0.9999f}[generator() % 5];
     for (uint32_t i = generator() % 4; i > 0 && vocab > 8; --i) params.banned_tokens.push_back(generator() % static_cast<uint32_t>(vocab));
+    if (round % 2 == 0) {
+      for (uint32_t i = generator() % 20; i > 0; --i) params.bias_tokens.push_back(generator() % static_cast<uint32_t>(vocab));
+      params.biases = RandomFloats(static_cast<int64_t>(params.bias_tokens.size()), generator(), 2.0f);
+      params.repetition_penalty = std::vector<float>{1.0f, 0.7f, 1.2f, 2.5f}[generator() % 4];
+      for (uint32_t i = generator() % 60; i > 0; --i) params.repeated_tokens.push_back(generator() % static_cast<uint32_t>(vocab));
+    }
     const std::vector<float> probs = Probs(logits, params);
     const std::vector<double> expected = DistributionRef(logits, params);
     for (size_t v = 0; v < probs.size(); ++v) {
@@ -158,6 +181,57 @@ TEST(distribution_never_gives_a_banned_token_a_chance) {
   }
 }
 
+TEST(logit_changes_are_biases_then_the_repetition_penalty) {
+  const auto greedy = [](const std::vector<float>& logits, const SamplingParams& params) {
+    return SampleToken(logits.data(), static_cast<int64_t>(logits.size()), params, NoiseKey{});
+  };
+  // Log-probabilities show the changed logits, up to a constant; token 0 is not changed.
+  const auto changed = [](const std::vector<float>& logits, const SamplingParams& params, uint32_t token) {
+    const std::vector<float> probs = Probs(logits, params);
+    return std::log(static_cast<double>(probs[token])) - std::log(static_cast<double>(probs[0])) + logits[0];
+  };
+  const std::vector<float> logits = {0.5f, 3.0f, -2.0f, 0.0f, 1.0f};
+  SamplingParams params = Changing({}, {2, 4, 4}, {1.0f, 0.25f, 0.5f}, 2.0f, {1, 2, 3, 4, 1, 1});
+  CHECK_NEAR("positive: divided, once", changed(logits, params, 1), 1.5, 1e-6);
+  CHECK_NEAR("biased, then negative: multiplied", changed(logits, params, 2), -2.0, 1e-6);
+  CHECK_NEAR("zero stays", changed(logits, params, 3), 0.0, 1e-6);
+  CHECK_NEAR("biased twice, then divided", changed(logits, params, 4), 0.875, 1e-6);
+
+  params.temperature = 0.0f;
+  CHECK_EQ(greedy(logits, params), 1u);
+  params.repetition_penalty = 4.0f;
+  CHECK_EQ(greedy(logits, params), 1u);  // 0.75 against 0.5
+  params.repetition_penalty = 8.0f;
+  CHECK_EQ(greedy(logits, params), 0u);
+  params.banned_tokens.push_back(0);
+  CHECK_EQ(greedy(logits, params), 1u);
+}
+
+TEST(logit_changes_that_change_nothing_keep_the_bits) {
+  const std::vector<float> logits = RandomFloats(300, 11);
+  for (const float temperature : {0.0f, 0.8f}) {
+    const std::vector<float> plain = Probs(logits, {temperature, 20, 0.9f, {3}});
+    const SamplingParams params = Changing({temperature, 20, 0.9f, {3}}, {5}, {0.0f}, 1.0f, {1, 2, 299});
+    CHECK_SAME_BITS("no change", Probs(logits, params).data(), plain.data(), 300);
+  }
+}
+
+TEST(logit_changes_of_any_size_give_a_distribution_without_banned_tokens) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  for (const float temperature : {0.0f, 1e-30f, 1.0f, 100.0f}) {
+    for (const float bias : {kMost, -kMost, 1e6f, -1e6f}) {
+      for (const float penalty : {1.0f, 1e-38f, 1e38f}) {
+        const std::vector<float> logits = {1.0f, -2.0f, 3e38f, -3e38f, 5.0f, 0.0f};
+        const std::vector<float> biases = {bias, bias, bias, bias, kMost};
+        const std::vector<float> probs = Probs(logits, Changing({temperature, 3, 0.9f, {4, 5}}, {0, 1, 2, 3, 4}, biases, penalty, {0, 1, 2, 3, 4, 5}));
+        CHECK_NEAR("sum", std::accumulate(probs.begin(), probs.end(), 0.0), 1.0, 1e-5);
+        CHECK_EQ(probs[4], 0.0f);
+        CHECK_EQ(probs[5], 0.0f);
+      }
+    }
+  }
+}
+
 TEST(distribution_may_overwrite_the_logits) {
   std::vector<float> logits = RandomFloats(100, 3);
   const SamplingParams params{0.8f, 20, 0.9f, {3}};
@@ -176,6 +250,19 @@ TEST(sampling_refuses_bad_parameters_and_logits) {
   CHECK_THROWS(run({1.0f, 0, 1.5f, {}}), ErrorCode::kInvalidArgument);
   CHECK_THROWS(run({1.0f, 0, nan, {}}), ErrorCode::kInvalidArgument);
   CHECK_THROWS(run({1.0f, 0, 0.0f, {3}}), ErrorCode::kInvalidArgument);
+  const auto changed = [&](std::vector<uint32_t> bias_tokens, std::vector<float> biases, float penalty, std::vector<uint32_t> repeated) {
+    run(Changing({}, std::move(bias_tokens), std::move(biases), penalty, std::move(repeated)));
+  };
+  const float infinity = std::numeric_limits<float>::infinity();
+  changed({0}, {1.0f}, 1.5f, {2});
+  CHECK_THROWS(changed({0}, {}, 1.0f, {}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(changed({}, {1.0f}, 1.0f, {}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(changed({3}, {1.0f}, 1.0f, {}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(changed({0, 1}, {1.0f, nan}, 1.0f, {}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(changed({0}, {-infinity}, 1.0f, {}), ErrorCode::kInvalidArgument);
+  for (const float penalty : {0.0f, -1.0f, nan, infinity}) CHECK_THROWS(changed({}, {}, penalty, {}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(changed({}, {}, 1.0f, {0, 3}), ErrorCode::kInvalidArgument);
+  CHECK_THROWS(TopCandidates(logits.data(), 3, {3}, 1, nullptr), ErrorCode::kInvalidArgument);
   CHECK_THROWS(TopCandidates(logits.data(), 3, {}, 4, nullptr), ErrorCode::kInvalidArgument);
   CHECK_THROWS(TopCandidates(logits.data(), 3, {}, -1, nullptr), ErrorCode::kInvalidArgument);
   logits[1] = nan;
