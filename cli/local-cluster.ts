@@ -17,8 +17,10 @@ export interface LocalClusterOptions {
   readonly isa?: string;
   readonly logLevel?: string;
   readonly stepTimeoutMs?: number;
+  /** Serve HTTP, too. */
+  readonly http?: boolean;
   /** Further flags of `tandem serve`. */
-  readonly serveArgs?: readonly string[];
+  readonly flags?: readonly string[];
   /** Aborting ends the server, whether it is ready or not. */
   readonly signal?: AbortSignal;
 }
@@ -26,6 +28,8 @@ export interface LocalClusterOptions {
 export interface LocalCluster {
   readonly client: TandemClient;
   readonly address: string;
+  /** Null without HTTP. */
+  readonly httpAddress: string | null;
   /** The coordinator's process. */
   readonly pid: number;
   /** When the server has ended, by whatever. */
@@ -39,11 +43,12 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
   const { model, worldSize = 1, threads = 1, kvDtype = 'fp16', isa = 'auto', logLevel = 'error' } = options;
   const args = [
     ...['serve', '--listen', `unix:${join(dir, 'api.sock')}`, '--world-size', String(worldSize), '--threads', String(threads)],
-    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel, '--http-listen', 'off'],
+    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
+    ...['--http-listen', options.http ? '127.0.0.1:0' : 'off'],
+    ...(options.flags ?? []),
     ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),
-    ...(options.serveArgs ?? []),
   ];
   const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, {
     stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
@@ -71,8 +76,8 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     process.off('exit', removeDir);
   };
   try {
-    const address = await new Promise<string>((resolve, reject) => {
-      child.once('message', (message) => resolve((message as ReadyMessage).address));
+    const { address, httpAddress } = await new Promise<ReadyMessage>((resolve, reject) => {
+      child.once('message', (message) => resolve(message as ReadyMessage));
       child.once('error', reject);
       child.once('close', () => {
         const lastLine = log
@@ -89,6 +94,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     return {
       client,
       address,
+      httpAddress,
       pid: child.pid!,
       exited,
       close: async () => {

@@ -74,7 +74,7 @@ function runOnce({ scratch }: BenchContext, repeat: number): Promise<Run> {
   }));
   writeFileSync(file, JSON.stringify({ keys: entries }), { mode: 0o600 });
   const common = { 'token-range': '1000:3700' };
-  return withCluster({ model: null, worldSize: 2, serveArgs: [`--api-keys=${file}`] }, async ({ address }) => {
+  return withCluster({ model: null, worldSize: 2, flags: [`--api-keys=${file}`] }, async ({ address }) => {
     const modest = (seed: number): Promise<LoadReport> =>
       tandemLoad(address, {
         ...common,

@@ -101,8 +101,8 @@ async function cases({ scratch, progress }: BenchContext): Promise<ModelCase[]> 
 
 /** The streams go on for as long as prompts arrive; what they do before the first and after the last is the smaller part. */
 function measure(model: ModelCase, maxStepTokens: string | null, repeat: number): Promise<Run> {
-  const serveArgs = maxStepTokens === null ? [] : [`--max-step-tokens=${maxStepTokens}`];
-  return withCluster({ model: model.dir, worldSize: 2, serveArgs }, async ({ address }) => {
+  const flags = maxStepTokens === null ? [] : [`--max-step-tokens=${maxStepTokens}`];
+  return withCluster({ model: model.dir, worldSize: 2, flags }, async ({ address }) => {
     const seed = 1 + repeat;
     await tandemLoad(address, { concurrency: STREAMS, requests: 2 * STREAMS, 'output-tokens': 16, seed: 100 + seed });
     const streams = tandemLoad(address, {
