@@ -1,5 +1,7 @@
+import { once } from 'node:events';
 import { connect as connectHttp2, type ClientHttp2Session, type IncomingHttpHeaders } from 'node:http2';
 import { connect, type Socket } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { parseAddress } from '../../common/address.js';
 import { Generation } from '../../common/services.js';
 import type { GenerateRequest } from '../../proto/generated/tandem/v1/GenerateRequest.js';
@@ -7,6 +9,23 @@ import type { GenerateRequest } from '../../proto/generated/tandem/v1/GenerateRe
 const { path, requestSerialize, responseDeserialize } = Generation.service.Generate;
 /** Of a gRPC message: a flag, and its length. */
 const PREFIX_BYTES = 5;
+
+/** Tries again while the backlog of the listener is full: a Unix socket says so (EAGAIN), where TCP waits by itself. */
+export async function connectSocket(address: string): Promise<Socket> {
+  const where = parseAddress(address);
+  for (;;) {
+    const socket = where.kind === 'unix' ? connect(where.path) : connect(where.port, where.host);
+    try {
+      await once(socket, 'connect');
+      return socket;
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EAGAIN') throw error;
+      await sleep(BACKLOG_MS);
+    }
+  }
+}
+
+const BACKLOG_MS = 20;
 
 /**
  * One Generate call over a connection of its own, so that a client can vanish as a machine does that loses its network: the socket is
@@ -16,22 +35,19 @@ export class RawStream {
   readonly tokens: number[] = [];
   /** True once a Finish message has come. */
   isFinished = false;
-  private readonly socket: Socket;
   private readonly session: ClientHttp2Session;
   private rest = Buffer.alloc(0);
   private isClosed = false;
 
   /** @param onTokens after each message with tokens */
   constructor(
-    address: string,
+    private readonly socket: Socket,
     request: GenerateRequest,
     onTokens: (stream: RawStream) => void,
     private readonly onClose: (error: string | null) => void,
   ) {
-    const where = parseAddress(address);
-    this.socket = where.kind === 'unix' ? connect(where.path) : connect(where.port, where.host);
-    this.socket.on('error', (error) => this.end(error.message));
-    this.session = connectHttp2('http://localhost', { createConnection: () => this.socket });
+    socket.on('error', (error) => this.end(error.message));
+    this.session = connectHttp2('http://localhost', { createConnection: () => socket });
     this.session.on('error', (error: Error) => this.end(error.message));
     this.session.on('close', () => this.end(null));
     const call = this.session.request({ ':method': 'POST', ':path': path, 'content-type': 'application/grpc', te: 'trailers' });
