@@ -7,7 +7,7 @@ import { median, type BenchContext, type Part } from './part.js';
 import { tandemLoad, withCluster } from './processes.js';
 
 const GREEDY_STREAMS = 256;
-const MODEST = { rate: 4, seconds: 10, promptTokens: 32, outputTokens: 32 };
+const MODEST = { rate: 4, seconds: 6, promptTokens: 32, outputTokens: 32 };
 /** For the flood to fill the queue. */
 const FLOOD_MS = 2000;
 

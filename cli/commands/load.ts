@@ -10,7 +10,7 @@ import { interruptible } from '../interrupt.js';
 import { parseArrivals } from '../load/arrivals.js';
 import { parseDistribution } from '../load/distribution.js';
 import { grpcTarget } from '../load/grpc-target.js';
-import { httpTarget } from '../load/http-target.js';
+import { firstModel, httpTarget } from '../load/http-target.js';
 import { formatReport, toReport } from '../load/report.js';
 import { runLoad, type LoadProgress, type Pace } from '../load/run-load.js';
 import { parseSlo } from '../load/slo.js';
@@ -29,7 +29,7 @@ const ADDED_TOKENS = 4;
 interface LoadArgs extends ConnectionArgs {
   address: string;
   http: string | undefined;
-  httpModel: string;
+  httpModel: string | undefined;
   httpBody: string;
   connections: number;
   concurrency: number | undefined;
@@ -65,7 +65,7 @@ export const loadCommand: CommandModule<unknown, LoadArgs> = {
     yargs
       .option('address', { type: 'string', default: DEFAULT_ADDRESS, describe: 'The server (gRPC): host:port or unix:/path' })
       .option('http', { type: 'string', describe: "Instead: http://host:port, OpenAI's completions as a stream" })
-      .option('http-model', { type: 'string', default: 'glm', describe: 'With --http: the name of the model' })
+      .option('http-model', { type: 'string', describe: 'With --http: the name of the model (default: the first that the server has)' })
       .option('http-body', { type: 'string', default: '{}', describe: 'With --http: a JSON object whose fields are added to every body' })
       .option('connections', wholeNumber('connections', { min: 1, default: 1, describe: 'gRPC connections that requests are spread over' }))
       .option(
@@ -144,7 +144,7 @@ export const loadCommand: CommandModule<unknown, LoadArgs> = {
       cancelFraction: args.cancelFraction,
       keys: keys ?? (credentials.apiKey === null ? [] : [credentials.apiKey]),
     };
-    const target = toTarget(args, credentials);
+    const target = await toTarget(args, credentials, workload.keys[0] ?? null);
     const record = args.record === undefined ? null : await openRecord(args.record);
     const showsProgress = process.stderr.isTTY;
     await interruptible(async (signal) => {
@@ -216,11 +216,13 @@ function describePace(pace: Pace): string {
     : `open loop of ${pace.rate} requests/s (${pace.arrivals.kind === 'gamma' ? `gamma:${pace.arrivals.burstiness}` : pace.arrivals.kind})`;
 }
 
-function toTarget(args: LoadArgs, { tls }: Credentials): LoadTarget {
+async function toTarget(args: LoadArgs, { tls }: Credentials, key: string | null): Promise<LoadTarget> {
   const { mode, temperature, seed, beams, priority, timeoutMs, stopAtEnd } = args;
   const shape: RequestShape = { mode, temperature, seed, beams, priority, timeoutMs, stopsAtEnd: stopAtEnd };
   if (args.http === undefined) return grpcTarget({ address: args.address, connections: args.connections, tls, shape });
-  return httpTarget({ url: args.http, model: args.httpModel, extraBody: parseBody(args.httpBody), tls, shape });
+  const server = { url: args.http, tls };
+  const extraBody = parseBody(args.httpBody);
+  return httpTarget({ ...server, model: args.httpModel ?? (await firstModel(server, key)), extraBody, shape });
 }
 
 /** @throws ConfigError */

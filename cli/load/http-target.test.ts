@@ -2,7 +2,7 @@ import { once } from 'node:events';
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { afterEach, expect, test } from 'vitest';
-import { httpTarget, type HttpTargetOptions } from './http-target.js';
+import { firstModel, httpTarget, type HttpTargetOptions } from './http-target.js';
 import type { Ending } from './target.js';
 import type { PlannedRequest } from './workload.js';
 
@@ -30,7 +30,11 @@ async function serve(answer: (response: ServerResponse, request: IncomingMessage
     let text = '';
     request.setEncoding('utf8').on('data', (more: string) => (text += more));
     request.on('end', () => {
-      seen.push({ body: JSON.parse(text) as Seen['body'], authorization: request.headers.authorization, path: request.url });
+      seen.push({
+        body: text === '' ? {} : (JSON.parse(text) as Seen['body']),
+        authorization: request.headers.authorization,
+        path: request.url,
+      });
       answer(response, request);
     });
   });
@@ -139,4 +143,18 @@ test('a request that takes too long fails by its timeout', async () => {
 
 test.each(['nonsense', 'ftp://host', ''])('the address "%s" is refused', (url) => {
   expect(() => httpTarget({ url, model: 'glm', extraBody: {}, tls: null, shape })).toThrow(/^--http /);
+});
+
+test('the model is the first that the server names', async () => {
+  const { url, seen } = await serve((response) => response.end(JSON.stringify({ object: 'list', data: [{ id: 'one' }, { id: 'two' }] })));
+  expect(await firstModel({ url, tls: null }, 'secret')).toBe('one');
+  expect(seen[0]).toMatchObject({ path: '/v1/models', authorization: 'Bearer secret' });
+});
+
+test.each([
+  { answer: { error: { message: 'no key' } }, status: 401, reason: /401, no key: give --http-model/ },
+  { answer: { data: [] }, status: 200, reason: /200, no model: give --http-model/ },
+])('a server that names no model is refused with its answer ($status)', async ({ answer, status, reason }) => {
+  const { url } = await serve((response) => response.writeHead(status).end(JSON.stringify(answer)));
+  await expect(firstModel({ url, tls: null }, null)).rejects.toThrow(reason);
 });

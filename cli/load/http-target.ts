@@ -1,5 +1,7 @@
+import { once } from 'node:events';
 import * as http from 'node:http';
 import * as https from 'node:https';
+import { text } from 'node:stream/consumers';
 import { StringDecoder } from 'node:string_decoder';
 import { z } from 'zod';
 import type { ClientTls } from '../../common/address.js';
@@ -19,28 +21,29 @@ const chunkSchema = z.object({
     .nullish(),
   error: z.object({ message: z.string(), code: z.union([z.string(), z.number()]).nullish() }).nullish(),
 });
+const modelsSchema = z.object({ data: z.array(z.object({ id: z.string() })) });
 const errorSchema = z.object({ error: z.object({ message: z.string() }) });
 
 /** Longest answer of a refusal that is read. */
 const MAX_ERROR_BYTES = 64 * 1024;
 
-export interface HttpTargetOptions {
-  /** `http://host:port`; the completions are below /v1. */
+export interface HttpEndpoint {
+  /** `http://host:port`; everything is below /v1. */
   readonly url: string;
+  /** Null: as the machine trusts. */
+  readonly tls: ClientTls | null;
+}
+
+export interface HttpTargetOptions extends HttpEndpoint {
   readonly model: string;
   /** Added to every body. */
   readonly extraBody: Readonly<Record<string, unknown>>;
-  /** Null: as the machine trusts. */
-  readonly tls: ClientTls | null;
   readonly shape: RequestShape;
 }
 
 /** A message with text counts as one token; the usage at the end has the true number. */
 export function httpTarget({ url, model, extraBody, tls, shape }: HttpTargetOptions): LoadTarget {
-  const base = parseUrl(url);
-  const endpoint = new URL(`${base.pathname.replace(/\/$/, '')}/v1/completions`, base);
-  const { Agent, request: open } = base.protocol === 'https:' ? https : http;
-  const agent = new Agent({ keepAlive: true, maxSockets: Infinity, ...(tls?.ca ? { ca: tls.ca } : {}), ...tls?.identity });
+  const { endpoint, open, agent } = prepare('completions', { url, tls });
   return {
     send({ prompt, outputTokens, key }, onTokens) {
       const body = JSON.stringify({
@@ -90,10 +93,42 @@ export function httpTarget({ url, model, extraBody, tls, shape }: HttpTargetOpti
   };
 }
 
+/** The first model that the server has. @throws ConfigError where it does not tell */
+export async function firstModel(server: HttpEndpoint, key: string | null): Promise<string> {
+  const { endpoint, open, agent } = prepare('models', server);
+  const call = open(endpoint, { agent, headers: key === null ? {} : { authorization: `Bearer ${key}` } });
+  try {
+    call.end();
+    const [response] = (await once(call, 'response')) as [http.IncomingMessage];
+    const body = parseJson(await text(response));
+    const [model] = modelsSchema.safeParse(body).data?.data ?? [];
+    if (model) return model.id;
+    throw new ConfigError(
+      `--http ${server.url}: GET /v1/models answers ${response.statusCode}, ${refusalOf(body) ?? 'no model'}: give --http-model`,
+    );
+  } catch (error) {
+    if (error instanceof ConfigError) throw error;
+    throw new ConfigError(`--http ${server.url}: ${oneLine((error as Error).message)}`);
+  } finally {
+    agent.destroy();
+  }
+}
+
 /** @throws ConfigError */
-function parseUrl(text: string): URL {
-  const url = URL.canParse(text) ? new URL(text) : null;
-  if (url === null || !['http:', 'https:'].includes(url.protocol)) throw new ConfigError(`--http ${text}: write http://host:port`);
+function prepare(what: string, { url, tls }: HttpEndpoint) {
+  const base = parseUrl(url);
+  const { Agent, request: open } = base.protocol === 'https:' ? https : http;
+  return {
+    endpoint: new URL(`${base.pathname.replace(/\/$/, '')}/v1/${what}`, base),
+    open,
+    agent: new Agent({ keepAlive: true, maxSockets: Infinity, ...(tls?.ca ? { ca: tls.ca } : {}), ...tls?.identity }),
+  };
+}
+
+/** @throws ConfigError */
+function parseUrl(given: string): URL {
+  const url = URL.canParse(given) ? new URL(given) : null;
+  if (url === null || !['http:', 'https:'].includes(url.protocol)) throw new ConfigError(`--http ${given}: write http://host:port`);
   return url;
 }
 
@@ -135,20 +170,23 @@ function readEvents(
 }
 
 function readRefusal(response: http.IncomingMessage, done: (message: string) => void): void {
-  let text = '';
+  let body = '';
   response.setEncoding('utf8').on('data', (more: string) => {
-    if (text.length < MAX_ERROR_BYTES) text += more;
+    if (body.length < MAX_ERROR_BYTES) body += more;
   });
   response.on('end', () => {
-    const parsed = errorSchema.safeParse(parseJson(text));
-    done(parsed.success ? parsed.data.error.message : (response.statusMessage ?? ''));
+    done(refusalOf(parseJson(body)) ?? response.statusMessage ?? '');
   });
 }
 
+function refusalOf(body: unknown): string | null {
+  return errorSchema.safeParse(body).data?.error.message ?? null;
+}
+
 /** Undefined for what is no JSON. */
-function parseJson(text: string): unknown {
+function parseJson(json: string): unknown {
   try {
-    return JSON.parse(text);
+    return JSON.parse(json);
   } catch {
     return undefined;
   }
