@@ -427,7 +427,7 @@ export class ServingLoop {
   private toEngineStep({ whole, slice, blockCopies }: PlannedStep, nowMs: number) {
     const { numLayers } = this.engine.capacity;
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
-      pending.request.firstStepMs ??= nowMs;
+      if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
       return {
         tokens: sequence.tokens.slice(firstToken),
         positions: sequence.positions.slice(firstToken),
@@ -442,6 +442,11 @@ export class ServingLoop {
     const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
     if (slice) extendsOfStep.push(toExtend(slice.run, slice.firstLayer, slice.endLayer));
     return { blockCopies, extends: extendsOfStep };
+  }
+
+  private begin(request: ActiveRequest, nowMs: number): void {
+    request.firstStepMs = nowMs;
+    this.totals.promptTokens += request.job.promptTokens;
   }
 
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
@@ -790,7 +795,6 @@ export class ServingLoop {
       decodeMs: endMs - firstResultMs,
       stallMs: Math.max(0, endMs - firstStepMs - request.busyMs),
     };
-    if (request.firstStepMs !== null) this.totals.promptTokens += job.promptTokens;
     this.observer.ended({
       requestId: job.requestId,
       key: request.key,

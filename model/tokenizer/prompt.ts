@@ -58,6 +58,7 @@ export function buildContext(prompt: Prompt, mode: Mode, model: PromptModel): Co
     if (found !== undefined) {
       throw new InvalidRequestError(
         `a unidirectional prompt is continued and has no masks, this one has token ${found}: use mode fill-blanks`,
+        'mode',
       );
     }
     return { row: ids, maskToken: gmask, isMaskAppended: true, positions: 'running', bidirectional: false, isEnglish };
@@ -86,11 +87,11 @@ export function encodePlain(prompt: Prompt, what: string, model: PromptModel): r
 }
 
 /** @throws InvalidRequestError an id is no integer or not in the vocabulary, padding rows included */
-export function checkIds(ids: readonly number[], what: string, model: PromptModel): readonly number[] {
+export function checkIds(ids: readonly number[], what: string, model: PromptModel, field = what): readonly number[] {
   const { vocabSize } = model.config;
   for (const [i, id] of ids.entries()) {
     if (!Number.isInteger(id) || id < 0 || id >= vocabSize) {
-      throw new InvalidRequestError(`${what} id ${i} is ${id}, ids of this model are integers from 0 to ${vocabSize - 1}`);
+      throw new InvalidRequestError(`${what} id ${i} is ${id}, ids of this model are integers from 0 to ${vocabSize - 1}`, field);
     }
   }
   return ids;
@@ -101,7 +102,7 @@ const MAX_CHARACTERS_PER_TOKEN = 80;
 
 /** The tokenizer, for a text that can fit the model: what can not is refused before time goes into its tokens. */
 function checkedTokenizer(text: string, what: string, model: PromptModel): Tokenizer {
-  if (model.tokenizer === null) throw new InvalidRequestError('this model has no tokenizer: send token ids');
+  if (model.tokenizer === null) throw new InvalidRequestError('this model has no tokenizer: send token ids', what);
   const { maxSequenceLength } = model.config;
   if (text.length > maxSequenceLength * MAX_CHARACTERS_PER_TOKEN) {
     throw new PromptTooLongError(
