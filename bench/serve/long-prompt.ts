@@ -1,5 +1,6 @@
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Percentiles } from '../../cli/load/summary.js';
+import { percentiles, type Percentiles } from '../../cli/load/summary.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import { SYNTHETIC_CONFIG, writeSyntheticStore } from '../synthetic-store.js';
 import { median, type BenchContext, type Part } from './part.js';
@@ -33,10 +34,10 @@ interface ModelCase {
 const WAYS = [
   { name: 'whole prompts', maxStepTokens: '0' },
   { name: 'sliced, 256 tokens a step', maxStepTokens: '256' },
-  { name: 'sliced, 64 tokens a step', maxStepTokens: '64' },
 ] as const;
 
 interface Run {
+  /** Between tokens of the streams, where any of it lies between the arrival of a long prompt and its first token. */
   readonly interToken: Percentiles;
   /** Of the long prompts. */
   readonly ttft: Percentiles;
@@ -44,7 +45,7 @@ interface Run {
 
 export const longPrompt: Part = {
   name: 'longprompt',
-  title: `Milliseconds between the tokens of ${STREAMS} running streams while prompts of full length arrive (2 workers)`,
+  title: `Milliseconds between the tokens of ${STREAMS} running streams while a prompt of full length is under way (2 workers)`,
   async run(context) {
     const measured = [];
     for (const model of await cases(context)) {
@@ -52,7 +53,7 @@ export const longPrompt: Part = {
       for (let repeat = 0; repeat < context.repeats; repeat++) {
         const row: Run[] = [];
         for (const way of WAYS) {
-          row.push(await measure(model, way.maxStepTokens, repeat));
+          row.push(await measure(context, model, way.maxStepTokens, repeat));
           context.progress(`longprompt: ${model.name}, ${way.name}: p99 ${row.at(-1)!.interToken.p99.toFixed(1)} ms`);
         }
         runs.push(row);
@@ -106,10 +107,10 @@ async function cases({ scratch, progress }: BenchContext): Promise<ModelCase[]> 
   ];
 }
 
-/** The streams go on for as long as prompts arrive; what they do before the first and after the last is the smaller part. */
-function measure(model: ModelCase, maxStepTokens: string, repeat: number): Promise<Run> {
+function measure({ scratch }: BenchContext, model: ModelCase, maxStepTokens: string, repeat: number): Promise<Run> {
   return withCluster({ model: model.dir, worldSize: 2, flags: [`--max-step-tokens=${maxStepTokens}`] }, async ({ address }) => {
     const seed = 1 + repeat;
+    const records = { streams: join(scratch, 'streams.jsonl'), prompts: join(scratch, 'prompts.jsonl') };
     await tandemLoad(address, { concurrency: STREAMS, requests: 2 * STREAMS, 'output-tokens': 16, seed: 100 + seed });
     const streams = tandemLoad(address, {
       concurrency: STREAMS,
@@ -117,6 +118,7 @@ function measure(model: ModelCase, maxStepTokens: string, repeat: number): Promi
       'prompt-tokens': 16,
       'output-tokens': Math.min(400, model.maxTokens - 20),
       seed,
+      record: records.streams,
     });
     const prompts = tandemLoad(address, {
       rate: model.rate,
@@ -125,9 +127,34 @@ function measure(model: ModelCase, maxStepTokens: string, repeat: number): Promi
       'prompt-tokens': model.maxTokens,
       'output-tokens': 1,
       seed: 200 + seed,
+      record: records.prompts,
     });
     const [running, long] = await Promise.all([streams, prompts]);
     if (running.requests.failed + long.requests.failed > 0) throw new Error([...running.errors, ...long.errors][0]!.example);
-    return { interToken: running.latencyMs.interToken!, ttft: long.latencyMs.ttft! };
+    const interToken = percentiles(gapsDuring(readRecord(records.streams), readRecord(records.prompts)));
+    if (interToken === null) throw new Error('no stream got a token while a long prompt was under way');
+    return { interToken, ttft: long.latencyMs.ttft! };
   });
+}
+
+/** A line of `tandem load --record`, as far as it is looked at. */
+interface Recorded {
+  readonly intendedUnixMs: number;
+  readonly tokenTimesMs: readonly number[];
+}
+
+function readRecord(path: string): Recorded[] {
+  const lines = readFileSync(path, 'utf8').trim().split('\n');
+  return lines.map((line) => JSON.parse(line) as Recorded);
+}
+
+/** Most gaps of a run have nothing to do with the few long prompts: over all of them, a percentile says how rare stalls are, not how long. */
+function gapsDuring(streams: readonly Recorded[], prompts: readonly Recorded[]): number[] {
+  const windows = prompts.map(({ intendedUnixMs, tokenTimesMs }) => [intendedUnixMs, intendedUnixMs + tokenTimesMs[0]!] as const);
+  return streams.flatMap(({ intendedUnixMs, tokenTimesMs }) =>
+    tokenTimesMs.slice(1).flatMap((endMs, i) => {
+      const [from, to] = [intendedUnixMs + tokenTimesMs[i]!, intendedUnixMs + endMs];
+      return windows.some(([begin, end]) => from < end && to > begin) ? [to - from] : [];
+    }),
+  );
 }
