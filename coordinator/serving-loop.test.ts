@@ -127,7 +127,7 @@ test('whatever comes and goes, a request gives the tokens that it gives alone, a
     fc.asyncProperty(
       fc.array(arrival, { minLength: 1, maxLength: 14 }),
       fc.oneof({ weight: 2, arbitrary: fc.constant([]) }, { weight: 1, arbitrary: lostSteps }),
-      fc.constantFrom(72, 100, 256),
+      fc.constantFrom(80, 100, 256),
       async (arrivals, lost, kvBlocks) => {
         const { loop, engine } = start({ kvBlocks, lostSteps: new Set(lost) });
         const outcomes = await Promise.all(
