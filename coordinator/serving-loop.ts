@@ -685,7 +685,7 @@ export class ServingLoop {
     this.carriedCopies = [];
     this.blocks.loseContents();
     this.contexts.clear();
-    for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence);
+    for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence, this.blocks);
     const involved = new Set(requestsOf(step));
     for (const request of involved) {
       request.lostSteps += 1;
