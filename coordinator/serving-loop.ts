@@ -73,8 +73,6 @@ export interface Completed<R> {
 }
 
 export interface LoopLimits extends Omit<StepLimits, 'numLayers'> {
-  /** Tokens of the longest run that the engine takes. */
-  readonly maxBatchTokens: number;
   /** KV blocks of contexts that nobody uses at the moment. */
   readonly contextCacheBlocks: number;
   readonly maxQueuedRequests: number;
@@ -176,8 +174,8 @@ export class ServingLoop {
     const { kvBlocks, blockSize, numLayers } = engine.capacity;
     this.blocks = new BlockManager(kvBlocks, blockSize);
     this.contexts = new ContextCache(this.blocks, Math.min(limits.contextCacheBlocks, kvBlocks));
-    this.stepLimits = { stepTokens: limits.stepTokens, maxExtends: limits.maxExtends, numLayers };
-    this.lastEndMs = this.now();
+    const { stepTokens, maxBatchTokens, maxExtends } = limits;
+    this.stepLimits = { stepTokens, maxBatchTokens, maxExtends, numLayers };
     this.loop = this.run().catch((error: unknown) => this.giveUp(error));
   }
 
@@ -394,8 +392,10 @@ export class ServingLoop {
     }
     let slice: PlannedStep['slice'] = null;
     if (plan.slice) {
+    let tokens = 0;
       const extend = plan.slice.extend as PendingRun;
-      const run = this.slice?.extend === extend ? this.slice.run : prepareOne(extend);
+      const isLonger = extend.runTokens > plan.slice.runTokens; // as above
+      const run = this.slice?.extend === extend ? this.slice.run : isLonger ? null : prepareOne(extend);
       if (run) slice = { ...plan.slice, extend, run, nextLayer: plan.slice.endLayer };
     }
     if (whole.length === 0 && !slice) return null;
@@ -416,8 +416,12 @@ export class ServingLoop {
     const { request } = pending;
     if (request.state !== 'running') return;
     try {
+      const { runTokens } = pending;
+      // The context that it was to start from had to make room for another run of this step.
+      if (runTokens > 1 && tokens + runTokens > this.stepLimits.stepTokens) continue;
       if (pending.source) this.adopt(pending, this.carriedCopies);
       this.complete(pending, { kind: 'none' });
+      tokens += runTokens;
       if (request.pending.length === 0) this.resume(request);
     } catch (error) {
       this.fail(request, error);
