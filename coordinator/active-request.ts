@@ -31,7 +31,7 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   generatedTokens = 0;
   cachedPromptTokens = 0;
   preemptions = 0;
-  /** Epochs that ended in one of its steps since its last step that went well. */
+  /** Epochs that ended in one of its steps since one of its Extends was done. */
   lostSteps = 0;
 
   constructor(
@@ -41,6 +41,7 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
     readonly arrivalMs: number,
     readonly resolve: (value: Completed<unknown>) => void,
     readonly reject: (error: Error) => void,
+    private readonly blockManager: BlockManager,
   ) {
     this.key = job.caller.name;
     this.priority = job.priority;
@@ -48,15 +49,23 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   }
 
   get blocks(): number {
-    let blocks = 0;
-    for (const sequence of this.sequences.values()) blocks += sequence.blocks.length;
-    return this.isPreempted ? 0 : blocks;
+    if (this.isPreempted) return 0;
+    if (this.sequences.size === 1) for (const { blocks } of this.sequences.values()) return blocks.length;
+    return this.countHeld().blocks;
+  }
+
+  get ownBlocks(): number {
+    return this.countHeld().ownBlocks;
   }
 
   get neededBlocks(): number {
     let blocks = this.isPreempted ? missingBlocks(this.sequences.values()) + this.pending.length : 0;
     for (const run of this.pending) blocks += run.newBlocks;
     return Math.min(blocks, this.job.maxBlocks);
+  }
+
+  private countHeld() {
+    return this.blockManager.countHeld(Array.from(this.sequences.values(), ({ blocks }) => blocks));
   }
 }
 
@@ -81,9 +90,15 @@ export class PendingRun implements PendingExtend {
   }
 
   get newBlocks(): number {
-    const own = newBlocks(this.sequence, this.blockManager.blockSize);
+    const { blockSize } = this.blockManager;
     const source = this.source;
-    return source ? own - Math.floor(source.tokens / this.blockManager.blockSize) : own;
+    const own = newBlocks(this.sequence, blockSize);
+    if (!source) return own;
+    // What only the context cache holds counts as free until this sequence shares it.
+    let taken = 0;
+    const whole = Math.floor(source.tokens / blockSize);
+    for (let i = 0; i < whole; i++) if (this.blockManager.isCachedOnly(source.blocks[i]!)) taken += 1;
+    return own - whole + taken;
   }
 
   get sharedBlock(): number {

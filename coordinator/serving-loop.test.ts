@@ -113,9 +113,9 @@ const arrival = fc.record({
   cancelAfter: fc.option(fc.integer({ min: 0, max: 20 }), { freq: 4, nil: null }),
 });
 
-// Not three in a row: that would look as if the requests did it.
+// The longest run goes through its layers in between: what ends three epochs without getting anything done is taken for their cause.
 const lostSteps = fc.uniqueArray(
-  fc.integer({ min: 0, max: 12 }).map((i) => 3 * i + 1),
+  fc.integer({ min: 0, max: 7 }).map((i) => 6 * i + 1),
   { maxLength: 4 },
 );
 
@@ -127,7 +127,7 @@ test('whatever comes and goes, a request gives the tokens that it gives alone, a
     fc.asyncProperty(
       fc.array(arrival, { minLength: 1, maxLength: 14 }),
       fc.oneof({ weight: 2, arbitrary: fc.constant([]) }, { weight: 1, arbitrary: lostSteps }),
-      fc.constantFrom(72, 100, 256),
+      fc.constantFrom(80, 100, 256),
       async (arrivals, lost, kvBlocks) => {
         const { loop, engine } = start({ kvBlocks, lostSteps: new Set(lost) });
         const outcomes = await Promise.all(

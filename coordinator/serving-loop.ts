@@ -34,6 +34,7 @@ import {
   type Run,
   type SequenceState,
 } from './scheduler/sequence.js';
+import { MovingRate } from './scheduler/moving-rate.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
@@ -73,8 +74,6 @@ export interface Completed<R> {
 }
 
 export interface LoopLimits extends Omit<StepLimits, 'numLayers'> {
-  /** Tokens of the longest run that the engine takes. */
-  readonly maxBatchTokens: number;
   /** KV blocks of contexts that nobody uses at the moment. */
   readonly contextCacheBlocks: number;
   readonly maxQueuedRequests: number;
@@ -117,6 +116,7 @@ interface PlannedStep {
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
 const LEAST_RETRY_MS = 1000;
+const RATE_WINDOW_MS = 10_000;
 const MOST_RETRY_MS = 60_000;
 
 /**
@@ -127,6 +127,7 @@ export class ServingLoop {
   private readonly blocks: BlockManager;
   private readonly contexts: ContextCache;
   private readonly keys = new Map<string, KeyState>();
+  private lastAdmitted: KeyState | null = null;
   private readonly byRequestId = new Map<string, ActiveRequest>();
   /** Highest priority first, then oldest. */
   private readonly running: ActiveRequest[] = [];
@@ -155,14 +156,16 @@ export class ServingLoop {
     generatedTokens: 0,
   };
   private wake: (() => void) | null = null;
+  /** Something came while the loop was not asleep. */
+  private isNotified = false;
   private closed = false;
   private draining = false;
   private idle: (() => void)[] = [];
   /** Set when the engine is gone for good. */
   private engineLost: TandemError | null = null;
-  /** Requests ended per millisecond, a moving mean: how fast the backlog goes. */
-  private endRate = 0;
-  private lastEndMs: number;
+  /** How fast the backlog goes, measured while there are steps. */
+  private readonly endRate = new MovingRate(RATE_WINDOW_MS);
+  private busyMs = 0;
   private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
 
@@ -176,21 +179,14 @@ export class ServingLoop {
     const { kvBlocks, blockSize, numLayers } = engine.capacity;
     this.blocks = new BlockManager(kvBlocks, blockSize);
     this.contexts = new ContextCache(this.blocks, Math.min(limits.contextCacheBlocks, kvBlocks));
-    this.stepLimits = { stepTokens: limits.stepTokens, maxExtends: limits.maxExtends, numLayers };
-    this.lastEndMs = this.now();
+    const { stepTokens, maxBatchTokens, maxExtends } = limits;
+    this.stepLimits = { stepTokens, maxBatchTokens, maxExtends, numLayers };
     this.loop = this.run().catch((error: unknown) => this.giveUp(error));
   }
 
   /** Queues a request. Its strategy runs up to its first Extends at once, so whatever it refuses is thrown here. */
   submit<R>(job: Job<R>): Ticket<R> {
     const key = this.keyOf(job);
-    try {
-      this.checkAdmission(job, key);
-    } catch (error) {
-      this.totals.rejected += 1;
-      this.forgetIfIdle(key);
-      throw error;
-    }
     let resolve!: (value: Completed<unknown>) => void;
     let reject!: (error: Error) => void;
     const done = new Promise<Completed<unknown>>((yes, no) => {
@@ -198,10 +194,20 @@ export class ServingLoop {
       reject = no;
     });
     done.catch(() => {}); // the caller may look at it late
-    const request = new ActiveRequest(this.nextId++, job, this.now(), resolve, reject);
-    request.strategy = job.start(this.sequencesOf(request));
-    const first = request.strategy.next();
-    if (key.streams === 0) this.activate(key);
+    let request: ActiveRequest;
+    let first: IteratorResult<readonly ExtendOp[], R>;
+    try {
+      this.checkAdmission(job, key);
+      request = new ActiveRequest(this.nextId++, job, this.now(), resolve, reject, this.blocks);
+      const strategy = job.start(this.sequencesOf(request));
+      request.strategy = strategy;
+      first = strategy.next();
+    } catch (error) {
+      this.totals.rejected += 1;
+      this.forgetIfIdle(key);
+      throw error;
+    }
+    if (key.queue.length === 0) this.activate(key);
     key.streams += 1;
     key.bucket?.take(job.promptTokens, request.arrivalMs);
     this.byRequestId.set(job.requestId, request);
@@ -217,7 +223,7 @@ export class ServingLoop {
       } catch (error) {
         this.fail(request, error);
       }
-      this.wake?.();
+      this.notify();
     }
     return {
       requestId: job.requestId,
@@ -276,19 +282,19 @@ export class ServingLoop {
   /** Ends all requests with a NotReadyError and waits for the step under way. */
   async close(): Promise<void> {
     this.closed = true;
-    this.wake?.();
+    this.notify();
     await this.loop;
   }
 
   private async run(): Promise<void> {
     while (!this.closed) {
       const startMs = this.now();
+      this.isNotified = false;
       this.endFlagged();
       const step = this.planStep();
       if (!step) {
         this.flush();
-        await new Promise<void>((resolve) => (this.wake = resolve));
-        this.wake = null;
+        await this.sleep();
         continue;
       }
       const engineStep = this.toEngineStep(step, startMs);
@@ -318,6 +324,17 @@ export class ServingLoop {
     this.flush();
   }
 
+  private notify(): void {
+    this.isNotified = true;
+    this.wake?.();
+  }
+
+  /** Until somebody notifies, or not at all if somebody has since the loop looked. */
+  private async sleep(): Promise<void> {
+    if (!this.isNotified) await new Promise<void>((resolve) => (this.wake = resolve));
+    this.wake = null;
+  }
+
   private planStep(): PlannedStep | null {
     const heldBack: ActiveRequest[] = [];
     for (;;) {
@@ -337,6 +354,11 @@ export class ServingLoop {
         if (plan.run.length > 0 || plan.slice) continue; // what was chosen failed
         const [stuck] = this.running;
         if (!stuck) return null;
+        const other = this.suspect && this.running.findLast((request) => request !== this.suspect);
+        if (other) {
+          this.preempt(other); // the suspect runs alone, and needs blocks that others hold
+          continue;
+        }
         this.fail(stuck, new Error(`it needs more KV blocks than the ${stuck.job.maxBlocks} that were foreseen`));
         continue;
       }
@@ -344,8 +366,13 @@ export class ServingLoop {
     }
   }
 
+  /** Perhaps the one whose steps end epochs. */
+  private get suspect(): ActiveRequest | undefined {
+    return this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
+  }
+
   private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
-    const suspect = this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
+    const { suspect } = this;
     const queues: ActiveRequest[][] = [];
     if (!suspect && this.queuedRequests > 0) for (const { queue } of this.keys.values()) if (queue.length > 0) queues.push(queue);
     return schedule(
@@ -365,6 +392,7 @@ export class ServingLoop {
   private prepare(plan: StepPlan<ActiveRequest, ActiveRequest>): PlannedStep | null {
     const blockCopies = this.carriedCopies;
     const written = new Set(this.slice ? recomputedBlocks(this.slice.run.sequence, this.blocks) : []);
+    let tokens = 0;
     const prepareOne = (pending: PendingRun): PlannedRun | null => {
       const { request, sequence, source } = pending;
       if (request.state !== 'running') return null;
@@ -387,20 +415,28 @@ export class ServingLoop {
     for (const pending of plan.run as PendingRun[]) {
       const isLogits = pending.op.want.kind === 'logits';
       if (isLogits && hasLogits) continue; // one such answer fills a message
+      const { runTokens } = pending;
+      // The context that it was to start from had to make room for another run of this step.
+      if (runTokens > 1 && tokens + runTokens > this.stepLimits.stepTokens) continue;
       const run = prepareOne(pending);
       if (!run) continue;
+      tokens += runTokens;
       hasLogits ||= isLogits;
       whole.push(run);
     }
     let slice: PlannedStep['slice'] = null;
     if (plan.slice) {
       const extend = plan.slice.extend as PendingRun;
-      const run = this.slice?.extend === extend ? this.slice.run : prepareOne(extend);
+      const isLonger = extend.runTokens > plan.slice.runTokens; // as above
+      const run = this.slice?.extend === extend ? this.slice.run : isLonger ? null : prepareOne(extend);
       if (run) slice = { ...plan.slice, extend, run, nextLayer: plan.slice.endLayer };
     }
     if (whole.length === 0 && !slice) return null;
     this.carriedCopies = [];
-    for (const [name, charge] of plan.charges) this.keys.get(name)!.counter += charge;
+    for (const [name, charge] of plan.charges) {
+      const key = this.keys.get(name); // its last request may have failed just now
+      if (key) key.counter += charge;
+    }
     return { whole, slice, blockCopies };
   }
 
@@ -452,6 +488,7 @@ export class ServingLoop {
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
     const nowMs = this.now();
     this.totals.steps += 1;
+    this.busyMs += nowMs - startMs;
     this.totals.stepSeconds += longest(ranks, 'computeMs') / 1000;
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 
@@ -466,13 +503,16 @@ export class ServingLoop {
       touched.add(request);
       if (run === slice?.run && !isSliceDone) continue;
       applyRun(run, this.blocks);
-      if (run.firstToken < run.sequence.contextTokens) this.contexts.add(run.sequence);
       const result = results[i]!;
-      if (result.kind === 'error') this.fail(request, new EngineError(result.message));
-      else this.complete(pending, result);
+      if (result.kind === 'error') {
+        this.fail(request, new EngineError(result.message));
+        continue;
+      }
+      if (run.firstToken < run.sequence.contextTokens) this.contexts.add(run.sequence);
+      this.complete(pending, result);
+      request.lostSteps = 0; // not for a slice: the layers that end epochs may be yet to come
     }
     for (const request of touched) {
-      request.lostSteps = 0;
       request.busyMs += nowMs - startMs;
       if (request.state !== 'running' || request.pending.length > 0) continue;
       if (request.results.some(carriesTokens)) this.observeTokens(request, nowMs);
@@ -622,8 +662,8 @@ export class ServingLoop {
 
   /** When so many requests will have left, as fast as they do now. */
   private retryAfterMs(requests: number): number {
-    const estimate = this.endRate > 0 ? requests / this.endRate : LEAST_RETRY_MS;
-    return Math.min(MOST_RETRY_MS, Math.max(LEAST_RETRY_MS, estimate));
+    const perMs = this.endRate.at(this.busyMs);
+    return Math.min(MOST_RETRY_MS, Math.max(LEAST_RETRY_MS, perMs > 0 ? requests / perMs : 0));
   }
 
   private keyOf({ caller }: Job<unknown>): KeyState {
@@ -635,11 +675,12 @@ export class ServingLoop {
     return key;
   }
 
-  /** A key that comes back has no claim to what it did not use: its counter begins at the lowest of the others'. */
+  /** A key that did not want more has no claim to what it did not use: its counter begins at the lowest of those who wait, or who was served last. */
   private activate(key: KeyState): void {
     let lowest = Infinity;
-    for (const each of this.keys.values()) if (each.streams > 0) lowest = Math.min(lowest, each.counter);
-    if (lowest < Infinity) key.counter = Math.max(key.counter, lowest);
+    for (const each of this.keys.values()) if (each.queue.length > 0) lowest = Math.min(lowest, each.counter);
+    if (lowest === Infinity) lowest = this.lastAdmitted?.counter ?? 0;
+    key.counter = Math.max(key.counter, lowest);
   }
 
   /** Keys come from a file, but the last one may have been taken out of it. */
@@ -663,6 +704,7 @@ export class ServingLoop {
 
   private admit(request: ActiveRequest): void {
     this.dequeue(request);
+    this.lastAdmitted = this.keys.get(request.key)!;
     request.state = 'running';
     insert(this.running, request);
     if (!request.isPreempted) return;
@@ -690,7 +732,7 @@ export class ServingLoop {
     this.carriedCopies = [];
     this.blocks.loseContents();
     this.contexts.clear();
-    for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence);
+    for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence, this.blocks);
     const involved = new Set(requestsOf(step));
     for (const request of involved) {
       request.lostSteps += 1;
@@ -702,21 +744,17 @@ export class ServingLoop {
       }
     }
     let outcome: { readonly error: unknown } | null = null;
-    this.engine.ready().then(
-      () => {
-        outcome = { error: null };
-        this.wake?.();
-      },
-      (error: unknown) => {
-        outcome = { error };
-        this.wake?.();
-      },
-    );
+    const settle = (error: unknown): void => {
+      outcome = { error };
+      this.notify();
+    };
+    this.engine.ready().then(() => settle(null), settle);
     while (!this.closed) {
+      this.isNotified = false;
       this.endFlagged();
       this.flush();
       if (outcome) break;
-      await new Promise<void>((resolve) => (this.wake = resolve));
+      await this.sleep();
     }
     const error = (outcome as { readonly error: unknown } | null)?.error;
     if (error) this.giveUp(error);
@@ -733,7 +771,7 @@ export class ServingLoop {
     if (request.state === 'ended' || request.ending) return;
     request.ending = reason;
     this.ending.push(request);
-    this.wake?.();
+    this.notify();
   }
 
   private endFlagged(): void {
@@ -741,8 +779,12 @@ export class ServingLoop {
     for (const request of this.ending.splice(0)) if (request.state !== 'ended') this.fail(request, request.ending);
   }
 
+  /** It is not known how far the step came: nothing that it was to copy counts as done, no context of its requests is kept. */
   private failStep(step: PlannedStep, error: unknown): void {
     this.slice = null;
+    this.contexts.clear();
+    for (let i = 1; i < step.blockCopies.length; i += 2) this.blocks.markLost(step.blockCopies[i]!);
+    for (const request of this.running) for (const sequence of request.sequences.values()) loseCache(sequence, this.blocks);
     for (const request of new Set(requestsOf(step))) if (request.state !== 'ended') this.fail(request, error);
   }
 
@@ -785,7 +827,7 @@ export class ServingLoop {
     key.streams -= 1;
     this.forgetIfIdle(key);
     this.byRequestId.delete(job.requestId);
-    this.countEnd(endMs);
+    this.endRate.count(this.busyMs);
 
     const firstStepMs = request.firstStepMs ?? endMs;
     const firstResultMs = request.firstResultMs ?? endMs;
@@ -810,12 +852,6 @@ export class ServingLoop {
     });
     if (this.byRequestId.size === 0) for (const resolve of this.idle.splice(0)) resolve();
     return timings;
-  }
-
-  private countEnd(nowMs: number): void {
-    const rate = 1 / Math.max(0.01, nowMs - this.lastEndMs);
-    this.endRate += (rate - this.endRate) / 16;
-    this.lastEndMs = nowMs;
   }
 
   private flush(): void {

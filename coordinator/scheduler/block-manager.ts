@@ -11,6 +11,8 @@ export class BlockManager {
   private readonly filled: Uint8Array;
   /** 1 where the context cache is one of the holders. */
   private readonly cached: Uint8Array;
+  /** For {@link countHeld}, 0 in between. */
+  private readonly tally: Uint32Array;
   /** Blocks that the context cache alone holds. */
   private cachedOnly = 0;
   private peak = 0;
@@ -24,6 +26,7 @@ export class BlockManager {
     this.references = new Uint32Array(totalBlocks);
     this.filled = new Uint8Array(totalBlocks);
     this.cached = new Uint8Array(totalBlocks);
+    this.tally = new Uint32Array(totalBlocks);
     this.freeList = Array.from({ length: totalBlocks }, (_, i) => totalBlocks - 1 - i);
   }
 
@@ -83,6 +86,26 @@ export class BlockManager {
     return this.references[block]!;
   }
 
+  /** {@link allocate} could give it to somebody else: nobody but the context cache holds it. */
+  isCachedOnly(block: number): boolean {
+    return this.cached[block] === 1 && this.references[block] === 1;
+  }
+
+  /** Different blocks in tables of one request, and of them those that no other request holds. Negative ones are placeholders. */
+  countHeld(tables: Iterable<readonly number[]>): { readonly blocks: number; readonly ownBlocks: number } {
+    const { tally } = this;
+    const seen: number[] = [];
+    for (const table of tables) {
+      for (const block of table) if (block >= 0 && tally[block]!++ === 0) seen.push(block);
+    }
+    let ownBlocks = 0;
+    for (const block of seen) {
+      if (this.references[block]! - this.cached[block]! === tally[block]!) ownBlocks += 1;
+      tally[block] = 0;
+    }
+    return { blocks: seen.length, ownBlocks };
+  }
+
   release(block: number): void {
     this.assertUsed(block);
     const left = --this.references[block]!;
@@ -115,6 +138,10 @@ export class BlockManager {
 
   isFilled(block: number): boolean {
     return this.filled[block] === 1;
+  }
+
+  markLost(block: number): void {
+    this.filled[block] = 0;
   }
 
   /** The workers' caches are gone; who holds which block stays as it is. */

@@ -32,6 +32,8 @@ interface Schedulable {
 export interface RunningRequest extends Schedulable {
   /** KV blocks of its sequences. */
   readonly blocks: number;
+  /** Of which no other request holds: what it gives when it is preempted. */
+  readonly ownBlocks: number;
 }
 
 export interface WaitingRequest extends Schedulable {
@@ -55,6 +57,8 @@ export interface PendingExtend {
 
 export interface SliceUnderWay {
   readonly extend: PendingExtend;
+  /** As they were when it began: what the extend has to run may have become less. */
+  readonly runTokens: number;
   readonly nextLayer: number;
 }
 
@@ -64,6 +68,8 @@ export interface StepLimits {
    * tokens of running sequences. A longer run is sliced by layers.
    */
   readonly stepTokens: number;
+  /** Tokens of all runs of a step, those of a sliced one in full: what the engine has room for. The longest run and `maxExtends` tokens fit. */
+  readonly maxBatchTokens: number;
   /** Extends of one step, and sequences of all running requests. */
   readonly maxExtends: number;
   readonly numLayers: number;
@@ -76,7 +82,12 @@ export interface StepPlan<R extends RunningRequest = RunningRequest, W extends W
   /** Whole Extends, those of the requests admitted here included. */
   readonly run: readonly PendingExtend[];
   /** A run that goes on (or begins) by layers: up to, not including, `endLayer`. */
-  readonly slice: { readonly extend: PendingExtend; readonly firstLayer: number; readonly endLayer: number } | null;
+  readonly slice: {
+    readonly extend: PendingExtend;
+    readonly runTokens: number;
+    readonly firstLayer: number;
+    readonly endLayer: number;
+  } | null;
   /** What the step adds to the virtual token counters. */
   readonly charges: ReadonlyMap<string, number>;
 }
@@ -86,6 +97,12 @@ const DECODE_CHARGE = 2;
 
 /** The least share of a step that a sliced run gets, however much else there is. */
 const LEAST_SLICE = 1 / 4;
+
+/** While a request waits for blocks other keys go on within their shares, until their counters are so many full steps ahead of its key's. */
+const PATIENCE_STEPS = 64;
+
+/** One step looks at no more keys that have to wait for blocks: with thousands of keys it would take longer than the step. */
+const MOST_BLOCKED = 16;
 
 /**
  * Chooses the work of the next engine step. Pure: the same state and limits give the same plan.
@@ -98,8 +115,9 @@ const LEAST_SLICE = 1 / 4;
  *    running sequence.
  *
  * Where blocks are short, the request that is worth least gives up its own and is computed again later: the lowest priority, then
- * of the key that holds most for its weight, then the newest. Nobody is preempted for a request that is worth less. A waiting request preempts a lower
- * priority, and a key that holds more than its share as long as that one keeps no less than the newcomer's gets.
+ * of the key that holds most for its weight (of the blocks or of the sequences), then the newest. Nobody is preempted for a request that is worth
+ * less. A waiting request preempts a lower priority, and a key that holds more than its share as long as that one keeps no less than the
+ * newcomer's gets; nobody is preempted for a newcomer that then still has no room.
  */
 export function schedule<R extends RunningRequest, W extends WaitingRequest>(
   state: SchedulerState<R, W>,
@@ -120,11 +138,22 @@ interface Lane<R, W> {
   isBlocked: boolean;
 }
 
+/** What a key has of the server. */
+interface Holding {
+  readonly blocks: number;
+  readonly sequences: number;
+}
+
+const NOTHING: Holding = { blocks: 0, sequences: 0 };
+
 class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private readonly admit: W[] = [];
   private readonly run: PendingExtend[] = [];
   private slice: StepPlan['slice'] = null;
+  private sliceRequest: Schedulable | null = null;
   private tokens = 0;
+  /** Like `tokens`, but with the tokens of a sliced run in full. */
+  private rows = 0;
   private freeBlocks: number;
   private sequences = 0;
   private readonly lanes = new Map<string, Lane<R, W>>();
@@ -132,7 +161,13 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private readonly writers = new Map<number, number>();
   private readonly contexts = new Set<string>();
   private readonly charges = new Map<string, number>();
-  private blocksOfKeys: Map<string, number> | null = null;
+  private holdings: Map<string, Holding> | null = null;
+  /** Of running requests; counting them takes a while. Filled with the holdings. */
+  private readonly blocksOf = new Map<R, number>();
+  private blockedLanes = 0;
+  /** Of the first key whose queue has to wait for blocks. */
+  private blockedCounter = 0;
+  private totalWeight = 0;
 
   constructor(
     private readonly state: SchedulerState<R, W>,
@@ -144,18 +179,20 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   plan(): StepPlan<R, W> {
     const victim = this.takeDecodes() ?? this.takeLonger();
     if (victim) return { preempt: victim, admit: [], run: [], slice: null, charges: new Map() };
+    this.sliceWithWhatIsLeft();
     return { preempt: null, admit: this.admit, run: this.run, slice: this.slice, charges: this.charges };
   }
 
   /** @returns a request to preempt first */
   private takeDecodes(): R | null {
     const { running, slice } = this.state;
+    const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
     for (const request of running) {
       this.sequences += request.maxSequences;
       for (const extend of request.pending) {
-        if (extend === slice?.extend) continue;
-        if (extend.runTokens > 1) this.lane(request.key).long.push({ request, extend });
-        else if (this.run.length < this.limits.maxExtends) {
+        if (extend === slice?.extend) this.sliceRequest = request;
+        else if (extend.runTokens > 1) this.lane(request.key).long.push({ request, extend });
+        else if (this.run.length < mostDecodes) {
           const needed = this.neededBlocks(extend);
           if (needed <= this.freeBlocks) this.take(request, extend, needed);
           else {
@@ -187,14 +224,26 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
         continue;
       }
       const request = lane.queue[lane.queueAt]!;
-      if (!this.hasRoomFor(request)) {
+      if (this.blockedLanes > 0 && (this.isOverdue(request) || !this.isWithinShare(request))) this.block(lane);
+      else if (!this.hasRoomFor(request)) {
         const victim = this.victimOf(request);
         if (victim) return victim;
-        lane.isBlocked = true;
-      } else if (this.isAnyBlocked() && !this.isWithinShare(request)) lane.isBlocked = true;
-      else if (!this.begin(request)) return null;
+        this.block(lane);
+      } else if (!this.begin(request)) return null;
       else lane.queueAt += 1;
+      if (this.blockedLanes === MOST_BLOCKED) return null;
     }
+  }
+
+  private block(lane: Lane<R, W>): void {
+    if (this.blockedLanes === 0) this.blockedCounter = this.counter(lane.key);
+    this.blockedLanes += 1;
+    lane.isBlocked = true;
+  }
+
+  /** Others have gone on long enough while somebody waited for blocks. */
+  private isOverdue({ key }: W): boolean {
+    return this.counter(key) - this.blockedCounter > PATIENCE_STEPS * this.limits.stepTokens;
   }
 
   /** Nobody overtakes within a key; between keys the counters decide. */
@@ -218,12 +267,17 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     this.admit.push(request);
     this.sequences += request.maxSequences;
     this.freeBlocks -= request.neededBlocks;
+    if (this.holdings) add(this.holdings, request.key, request.neededBlocks, request.maxSequences);
     return true;
   }
 
   private hasRoomFor(request: W): boolean {
     if (this.state.running.length + this.admit.length === 0) return true; // alone it fits, or it would have been refused
-    return this.sequences + request.maxSequences <= this.limits.maxExtends && request.neededBlocks + this.sequences <= this.freeBlocks;
+    return this.fits(request, this.freeBlocks, this.sequences);
+  }
+
+  private fits({ maxSequences, neededBlocks }: W, freeBlocks: number, sequences: number): boolean {
+    return sequences + maxSequences <= this.limits.maxExtends && neededBlocks + sequences <= freeBlocks;
   }
 
   private neededBlocks(extend: PendingExtend): number {
@@ -234,41 +288,67 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   private take(request: Schedulable, extend: PendingExtend, needed: number): void {
     this.run.push(extend);
-    this.reserve(request, extend, needed, extend.runTokens);
+    const { runTokens } = extend;
+    this.reserve(extend, needed, runTokens);
+    this.count(request, runTokens, runTokens === 1 ? DECODE_CHARGE : runTokens);
   }
 
-  private reserve(request: Schedulable, extend: PendingExtend, needed: number, tokens: number): void {
+  private reserve(extend: PendingExtend, needed: number, runTokens: number): void {
     this.freeBlocks -= needed;
-    this.tokens += tokens;
+    this.rows += runTokens;
     if (extend.sharedBlock >= 0) this.writers.set(extend.sharedBlock, (this.writers.get(extend.sharedBlock) ?? 0) + 1);
     if (extend.computesContext !== null) this.contexts.add(extend.computesContext);
-    const charge = (extend.runTokens === 1 ? DECODE_CHARGE : tokens) / this.weight(request.key);
-    this.charges.set(request.key, (this.charges.get(request.key) ?? 0) + charge);
+  }
+
+  private count({ key }: Schedulable, tokens: number, charge: number): void {
+    this.tokens += tokens;
+    this.charges.set(key, (this.charges.get(key) ?? 0) + charge / this.weight(key));
   }
 
   /** @returns false: the step has no room for it, and for nothing behind it */
   private takeOrSlice(request: Schedulable, extend: PendingExtend, needed: number): boolean {
     if (extend.computesContext !== null && this.contexts.has(extend.computesContext)) return true; // it will find the context computed
-    if (this.run.length >= this.limits.maxExtends) return false;
-    const room = this.limits.stepTokens - this.tokens;
-    if (extend.runTokens <= room) {
+    if (this.run.length + (this.slice ? 1 : 0) >= this.limits.maxExtends) return false;
+    const { runTokens } = extend;
+    const room = Math.min(this.limits.stepTokens - this.tokens, this.limits.maxBatchTokens - this.rows);
+    if (runTokens <= room) {
       this.take(request, extend, needed);
       return true;
     }
-    if (this.slice || room <= 0) return false;
-    const endLayer = this.layersFor(extend.runTokens, room);
-    this.slice = { extend, firstLayer: 0, endLayer };
-    this.reserve(request, extend, needed, (extend.runTokens * endLayer) / this.limits.numLayers);
+    if (this.slice || this.rows + runTokens > this.limits.maxBatchTokens) return false;
+    this.reserve(extend, needed, runTokens);
+    this.sliceRequest = request;
+    this.sliceUp({ extend, runTokens, nextLayer: 0 }, Math.max(room, this.leastSlice));
     return true;
   }
 
-  private continueSlice({ extend, nextLayer }: SliceUnderWay, othersWait: boolean): void {
+  private continueSlice(slice: SliceUnderWay, othersWait: boolean): void {
     const room = Math.max(0, this.limits.stepTokens - this.tokens);
-    const budget = Math.max(othersWait ? room / 2 : room, this.limits.stepTokens * LEAST_SLICE);
-    const layers = Math.min(this.layersFor(extend.runTokens, budget), this.limits.numLayers - nextLayer);
-    this.slice = { extend, firstLayer: nextLayer, endLayer: nextLayer + layers };
-    this.tokens += (extend.runTokens * layers) / this.limits.numLayers;
-    if (extend.computesContext !== null) this.contexts.add(extend.computesContext);
+    this.rows += slice.runTokens;
+    if (slice.extend.computesContext !== null) this.contexts.add(slice.extend.computesContext);
+    this.sliceUp(slice, Math.max(othersWait ? room / 2 : room, this.leastSlice));
+  }
+
+  /** Nobody else could use it. */
+  private sliceWithWhatIsLeft(): void {
+    const { slice } = this;
+    const { numLayers, stepTokens } = this.limits;
+    const room = stepTokens - this.tokens;
+    if (!slice || slice.endLayer === numLayers || Math.floor((numLayers * room) / slice.runTokens) < 1) return;
+    this.sliceUp({ ...slice, nextLayer: slice.endLayer }, room);
+    this.slice = { ...this.slice!, firstLayer: slice.firstLayer };
+  }
+
+  private sliceUp({ extend, runTokens, nextLayer }: SliceUnderWay, budget: number): void {
+    const { numLayers } = this.limits;
+    const layers = Math.min(this.layersFor(runTokens, budget), numLayers - nextLayer);
+    this.slice = { extend, runTokens, firstLayer: nextLayer, endLayer: nextLayer + layers };
+    const tokens = (runTokens * layers) / numLayers;
+    this.count(this.sliceRequest!, tokens, tokens);
+  }
+
+  private get leastSlice(): number {
+    return this.limits.stepTokens * LEAST_SLICE;
   }
 
   private layersFor(runTokens: number, budget: number): number {
@@ -294,55 +374,91 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     return this.state.keys.get(key)?.weight ?? 1;
   }
 
-  /** Blocks that a key's running requests hold. */
-  private held(key: string): number {
-    if (!this.blocksOfKeys) {
-      this.blocksOfKeys = new Map();
-      for (const request of this.state.running) {
-        this.blocksOfKeys.set(request.key, (this.blocksOfKeys.get(request.key) ?? 0) + request.blocks);
-      }
-    }
-    return this.blocksOfKeys.get(key) ?? 0;
-  }
-
-  /** The running request that is worth least, if that is another one than `request`. */
+  /** The running request that is worth least and has blocks to give, if that is another one than `request`. */
   private worstBut(request: R): R | null {
-    const worst = this.state.running.reduce((a, b) => (this.isWorse(b, a) ? b : a));
-    return worst === request ? null : worst;
+    const worst = this.worstOf(this.state.running, this.heldByKeys());
+    return worst && worst !== request && this.isWorse(worst, request, this.heldByKeys()) ? worst : null;
   }
 
-  private isWorse(a: R, b: R): boolean {
+  /** Of those that have blocks to give. */
+  private worstOf(requests: Iterable<R>, holdings: ReadonlyMap<string, Holding>): R | null {
+    let worst: R | null = null;
+    for (const each of requests) {
+      if (this.blocksOf.get(each)! > 0 && (!worst || this.isWorse(each, worst, holdings))) worst = each;
+    }
+    return worst;
+  }
+
+  private isWorse(a: R, b: R, holdings: ReadonlyMap<string, Holding>): boolean {
     if (a.priority !== b.priority) return a.priority < b.priority;
     if (a.key !== b.key) {
-      const [heldA, heldB] = [this.held(a.key) / this.weight(a.key), this.held(b.key) / this.weight(b.key)];
-      if (heldA !== heldB) return heldA > heldB;
+      const [shareA, shareB] = [this.share(a.key, holdings), this.share(b.key, holdings)];
+      if (shareA !== shareB) return shareA > shareB;
     }
     return a.id > b.id;
   }
 
-  /** Who has to make room for a waiting request. */
+  /** Who has to make room for a waiting request: nobody if all that may be preempted for it do not make enough. */
   private victimOf(request: W): R | null {
-    const holders = this.state.running.filter(({ blocks }) => blocks > 0);
-    if (holders.length === 0) return null;
-    const worst = holders.reduce((a, b) => (this.isWorse(b, a) ? b : a));
-    if (worst.priority !== request.priority) return worst.priority < request.priority ? worst : null;
-    if (worst.key === request.key) return null;
-    const left = (this.held(worst.key) - worst.blocks) / this.weight(worst.key);
-    const gained = (this.held(request.key) + request.neededBlocks) / this.weight(request.key);
-    return left >= gained ? worst : null;
+    const first = this.worstOf(this.state.running, this.heldByKeys());
+    if (!first || !this.mayPreempt(first, request, this.heldByKeys())) return null;
+    const left = new Set(this.state.running);
+    const holdings = new Map(this.heldByKeys());
+    let { freeBlocks, sequences } = this;
+    for (let worst = first; ;) {
+      left.delete(worst);
+      freeBlocks += worst.ownBlocks;
+      sequences -= worst.maxSequences;
+      if (left.size + this.admit.length === 0 || this.fits(request, freeBlocks, sequences)) return first;
+      add(holdings, worst.key, -this.blocksOf.get(worst)!, -worst.maxSequences);
+      const next = this.worstOf(left, holdings);
+      if (!next || !this.mayPreempt(next, request, holdings)) return null;
+      worst = next;
+    }
   }
 
-  private isAnyBlocked(): boolean {
-    for (const { isBlocked } of this.lanes.values()) if (isBlocked) return true;
-    return false;
+  private mayPreempt(worst: R, { key, priority, neededBlocks, maxSequences }: W, holdings: ReadonlyMap<string, Holding>): boolean {
+    if (worst.priority !== priority) return worst.priority < priority;
+    if (worst.key === key) return false;
+    const left = this.share(worst.key, holdings, -this.blocksOf.get(worst)!, -worst.maxSequences);
+    return left >= this.share(key, holdings, neededBlocks, maxSequences);
   }
 
-  /** Whether its key then holds no more than its share of all blocks. */
-  private isWithinShare(request: W): boolean {
-    const active = new Set([...this.state.running, ...this.state.queues.flatMap((queue) => queue.slice(0, 1))].map(({ key }) => key));
-    const total = [...active].reduce((sum, key) => sum + this.weight(key), 0);
-    return this.held(request.key) + request.neededBlocks <= (this.state.totalBlocks * this.weight(request.key)) / total;
+  /** Whether its key then holds no more than its share of the server. */
+  private isWithinShare({ key, neededBlocks, maxSequences }: W): boolean {
+    if (this.totalWeight === 0) {
+      const active = new Set(this.state.running.map((each) => each.key));
+      for (const [first] of this.state.queues) if (first) active.add(first.key);
+      for (const each of active) this.totalWeight += this.weight(each);
+    }
+    return this.share(key, this.heldByKeys(), neededBlocks, maxSequences) <= 1 / this.totalWeight;
   }
+
+  /** What a key holds (and would hold with so much more) of all blocks or all sequences, whichever is more, over its weight. */
+  private share(key: string, holdings: ReadonlyMap<string, Holding>, moreBlocks = 0, moreSequences = 0): number {
+    const { blocks, sequences } = holdings.get(key) ?? NOTHING;
+    const ofBlocks = (blocks + moreBlocks) / this.state.totalBlocks;
+    const ofSequences = (sequences + moreSequences) / this.limits.maxExtends;
+    return Math.max(ofBlocks, ofSequences) / this.weight(key);
+  }
+
+  private heldByKeys(): Map<string, Holding> {
+    if (!this.holdings) {
+      this.holdings = new Map();
+      for (const request of this.state.running) {
+        const { key, blocks, maxSequences } = request;
+        this.blocksOf.set(request, blocks);
+        add(this.holdings, key, blocks, maxSequences);
+      }
+      for (const { key, neededBlocks, maxSequences } of this.admit) add(this.holdings, key, neededBlocks, maxSequences);
+    }
+    return this.holdings;
+  }
+}
+
+function add(holdings: Map<string, Holding>, key: string, moreBlocks: number, moreSequences: number): void {
+  const { blocks, sequences } = holdings.get(key) ?? NOTHING;
+  holdings.set(key, { blocks: blocks + moreBlocks, sequences: sequences + moreSequences });
 }
 
 type Rank = Pick<Schedulable, 'id' | 'key' | 'priority'>;

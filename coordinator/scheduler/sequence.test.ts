@@ -64,7 +64,7 @@ test('after a lost cache a fork computes only what its sibling has not computed 
 
   blocks.loseContents();
   for (const sequence of [parent, child]) {
-    loseCache(sequence);
+    loseCache(sequence, blocks);
     refreshCache(sequence, blocks);
     appendTokens(sequence, extendBy(1, sequence));
   }
@@ -114,7 +114,7 @@ test('whatever is done, used and free blocks make up the total, and released seq
         } else if (kind === 'fork') sequences.push(forkSequence(nextId++, sequence, blocks));
         else if (kind === 'lose') {
           blocks.loseContents();
-          sequences.forEach(loseCache);
+          for (const each of sequences) loseCache(each, blocks);
         } else {
           releaseSequence(sequence, blocks);
           sequences.splice(index, 1);

@@ -158,8 +158,15 @@ export function applyRun({ sequence, firstToken }: Run, blocks: BlockManager): v
 }
 
 /** Once {@link BlockManager.loseContents} was called: the next run computes everything again that no other sequence has computed by then. */
-export function loseCache(sequence: SequenceState): void {
+export function loseCache(sequence: SequenceState, blocks: BlockManager): void {
   sequence.cachedTokens = 0;
+  if (sequence.settledTokens === 0) dropBlocks(sequence, blocks);
+}
+
+/** Of a sequence of which nothing is computed: by the time that its run begins again it may start from a context. */
+function dropBlocks(sequence: SequenceState, blocks: BlockManager): void {
+  for (const block of sequence.blocks) if (block >= 0) blocks.release(block);
+  sequence.blocks.length = 0;
 }
 
 /** Counts in what other sequences have computed in shared blocks since the caches were lost. */
@@ -195,6 +202,7 @@ export function evictSequences(
   const placeholders = new Map<number, number>();
   for (const sequence of sequences) {
     const first = takenOver(sequence);
+    if (sequence.settledTokens === 0) dropBlocks(sequence, blocks);
     for (const [i, block] of sequence.blocks.entries()) {
       if (block < 0) continue;
       const placeholder = placeholders.get(block) ?? -1 - placeholders.size;
