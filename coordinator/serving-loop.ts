@@ -35,6 +35,7 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { MovingRate } from './scheduler/moving-rate.js';
+import { StepCostFit } from './scheduler/step-cost.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
@@ -166,6 +167,7 @@ export class ServingLoop {
   /** How fast the backlog goes, measured while there are steps. */
   private readonly endRate = new MovingRate(RATE_WINDOW_MS);
   private busyMs = 0;
+  private readonly stepCost = new StepCostFit();
   private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
 
@@ -310,6 +312,7 @@ export class ServingLoop {
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
           scheduleMs: plannedMs - startMs,
+          totalMs: this.now() - startMs,
           roundTripMs: answeredMs - plannedMs,
           emitMs: flushMs + this.now() - answeredMs,
           generatedTokens: this.totals.generatedTokens - tokensBefore,
@@ -383,6 +386,7 @@ export class ServingLoop {
         slice: this.slice,
         freeBlocks: this.blocks.availableBlocks,
         totalBlocks: this.blocks.totalBlocks,
+        stepCost: this.stepCost.cost,
       },
       this.stepLimits,
     );
@@ -463,6 +467,7 @@ export class ServingLoop {
   private toEngineStep({ whole, slice, blockCopies }: PlannedStep, nowMs: number) {
     const { numLayers } = this.engine.capacity;
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
+      pending.request.lastStep = this.totals.steps;
       if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
       return {
         tokens: sequence.tokens.slice(firstToken),
@@ -543,7 +548,11 @@ export class ServingLoop {
   private observe(
     { whole, slice }: PlannedStep,
     { ranks, evaluateMs, codecMs }: EngineStepResult,
-    { roundTripMs, ...measured }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly roundTripMs: number },
+    {
+      totalMs,
+      roundTripMs,
+      ...measured
+    }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly totalMs: number; readonly roundTripMs: number },
   ): void {
     const stepMs = longest(ranks, 'computeMs');
     const allReduceMs = longest(ranks, 'collectiveMs');
@@ -554,6 +563,7 @@ export class ServingLoop {
       if (length === 1) decodeTokens += 1;
       else prefillTokens += length;
     }
+    this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
       ...measured,
       wireMs: Math.max(0, roundTripMs - stepMs),

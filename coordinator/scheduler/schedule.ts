@@ -1,3 +1,5 @@
+import type { StepCost } from './step-cost.js';
+
 /** What {@link schedule} looks at, as plain data. */
 export interface SchedulerState<R extends RunningRequest = RunningRequest, W extends WaitingRequest = WaitingRequest> {
   /** Highest priority first, then oldest first. */
@@ -10,6 +12,8 @@ export interface SchedulerState<R extends RunningRequest = RunningRequest, W ext
   /** KV blocks that nobody needs: free, or held by the context cache alone. */
   readonly freeBlocks: number;
   readonly totalBlocks: number;
+  /** Null as long as it is not known. */
+  readonly stepCost: StepCost | null;
 }
 
 export interface KeyShare {
@@ -34,6 +38,8 @@ export interface RunningRequest extends Schedulable {
   readonly blocks: number;
   /** Of which no other request holds: what it gives when it is preempted. */
   readonly ownBlocks: number;
+  /** Number of the last step that it had a part in. */
+  readonly lastStep: number;
 }
 
 export interface WaitingRequest extends Schedulable {
@@ -101,13 +107,18 @@ const LEAST_SLICE = 1 / 4;
 /** While a request waits for blocks other keys go on within their shares, until their counters are so many full steps ahead of its key's. */
 const PATIENCE_STEPS = 64;
 
+/** What of a step that is shared by keys is left for runs longer than one token. */
+const LEAST_LONG = 1 / 4;
+
 /** One step looks at no more keys that have to wait for blocks: with thousands of keys it would take longer than the step. */
 const MOST_BLOCKED = 16;
 
 /**
  * Chooses the work of the next engine step. Pure: the same state and limits give the same plan.
  *
- * 1. Decoding comes first, all of it: no running sequence stalls behind a prompt.
+ * 1. Decoding comes first: no running sequence stalls behind a prompt. All of it runs, unless that takes several keys' tokens longer than their shares allow:
+ *    key k of weights w(k) may expect steps of at most sum(w) / w(k) times what its own sequences take. Then the keys with the fewest go first, and the
+ *    sequences of the others take turns.
  * 2. A run that is longer than what is left of the step is sliced by layers, since GLM attends over its context in both directions and a part of
  *    its tokens has no usable KV. One run at a time is under way like that; while others wait it gets half of what decoding leaves.
  * 3. Longer runs and waiting requests get the rest: the highest priority first, then the key with the lowest virtual token counter (Sheng et
@@ -138,6 +149,11 @@ interface Lane<R, W> {
   isBlocked: boolean;
 }
 
+interface Decode<R> {
+  readonly request: R;
+  readonly extend: PendingExtend;
+}
+
 /** What a key has of the server. */
 interface Holding {
   readonly blocks: number;
@@ -152,6 +168,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private slice: StepPlan['slice'] = null;
   private sliceRequest: Schedulable | null = null;
   private tokens = 0;
+  /** Bound of `tokens` in this step. */
+  private stepTokens: number;
   /** Like `tokens`, but with the tokens of a sliced run in full. */
   private rows = 0;
   private freeBlocks: number;
@@ -174,6 +192,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     private readonly limits: StepLimits,
   ) {
     this.freeBlocks = state.freeBlocks;
+    this.stepTokens = limits.stepTokens;
   }
 
   plan(): StepPlan<R, W> {
@@ -185,27 +204,70 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   /** @returns a request to preempt first */
   private takeDecodes(): R | null {
-    const { running, slice } = this.state;
-    const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
+    const { running, slice, queues } = this.state;
+    const decodes: Decode<R>[] = [];
     for (const request of running) {
       this.sequences += request.maxSequences;
       for (const extend of request.pending) {
         if (extend === slice?.extend) this.sliceRequest = request;
         else if (extend.runTokens > 1) this.lane(request.key).long.push({ request, extend });
-        else if (this.run.length < mostDecodes) {
-          const needed = this.neededBlocks(extend);
-          if (needed <= this.freeBlocks) this.take(request, extend, needed);
-          else {
-            const victim = this.worstBut(request);
-            if (victim) return victim;
-            // It is worth least itself: it waits, the others go on and leave their blocks in the end.
-          }
-        }
+        else decodes.push({ request, extend });
       }
     }
-    for (const queue of this.state.queues) if (queue.length > 0) this.lane(queue[0]!.key).queue = queue;
+    for (const queue of queues) if (queue.length > 0) this.lane(queue[0]!.key).queue = queue;
+    const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
+    for (const { request, extend } of this.shareOut(decodes)) {
+      if (this.run.length >= mostDecodes) break;
+      const needed = this.neededBlocks(extend);
+      if (needed <= this.freeBlocks) this.take(request, extend, needed);
+      else {
+        const victim = this.worstBut(request);
+        if (victim) return victim;
+        // It is worth least itself: it waits, the others go on and leave their blocks in the end.
+      }
+    }
     if (slice) this.continueSlice(slice, this.lanes.size > 0);
     return null;
+  }
+
+  /** Those that run in this step; bounds the step where several keys share it. */
+  private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
+    const { running, stepCost } = this.state;
+    const first = running[0]?.key ?? [...this.lanes.keys()][0];
+    const isShared = running.some(({ key }) => key !== first) || [...this.lanes.keys()].some((key) => key !== first);
+    if (!isShared || !stepCost) return decodes;
+
+    const byKey = new Map<string, Decode<R>[]>([...this.lanes.keys()].map((key) => [key, []]));
+    for (const decode of decodes) {
+      const own = byKey.get(decode.request.key);
+      if (own) own.push(decode);
+      else byKey.set(decode.request.key, [decode]);
+    }
+    let weights = 0;
+    for (const key of byKey.keys()) weights += this.weight(key);
+    const { fixedMs, perTokenMs } = stepCost;
+    let mostMs = Infinity;
+    for (const [key, own] of byKey) {
+      mostMs = Math.min(mostMs, (weights / this.weight(key)) * (fixedMs + perTokenMs * Math.max(1, own.length)));
+    }
+    const fair = Math.max(byKey.size, Math.floor((mostMs - fixedMs) / perTokenMs));
+    if (fair >= this.stepTokens) return decodes;
+    this.stepTokens = fair;
+
+    const isLongLeft = this.state.slice !== null || this.lanes.size > 0;
+    let room = Math.max(byKey.size, Math.floor(fair * (isLongLeft ? 1 - LEAST_LONG : 1)));
+    if (decodes.length <= room) return decodes;
+    const taken: Decode<R>[] = [];
+    const fewestFirst = [...byKey].sort(([a, own], [b, others]) => own.length / this.weight(a) - others.length / this.weight(b));
+    for (const [key, own] of fewestFirst) {
+      const share = Math.max(1, Math.floor((room * this.weight(key)) / weights));
+      if (own.length > share) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
+      const count = Math.min(own.length, share);
+      for (let i = 0; i < count; i++) taken.push(own[i]!);
+      room -= count;
+      weights -= this.weight(key);
+    }
+    return taken;
   }
 
   /** @returns a request to preempt first */
@@ -310,7 +372,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (extend.computesContext !== null && this.contexts.has(extend.computesContext)) return true; // it will find the context computed
     if (this.run.length + (this.slice ? 1 : 0) >= this.limits.maxExtends) return false;
     const { runTokens } = extend;
-    const room = Math.min(this.limits.stepTokens - this.tokens, this.limits.maxBatchTokens - this.rows);
+    const room = Math.min(this.stepTokens - this.tokens, this.limits.maxBatchTokens - this.rows);
     if (runTokens <= room) {
       this.take(request, extend, needed);
       return true;
@@ -323,7 +385,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   }
 
   private continueSlice(slice: SliceUnderWay, othersWait: boolean): void {
-    const room = Math.max(0, this.limits.stepTokens - this.tokens);
+    const room = Math.max(0, this.stepTokens - this.tokens);
     this.rows += slice.runTokens;
     if (slice.extend.computesContext !== null) this.contexts.add(slice.extend.computesContext);
     this.sliceUp(slice, Math.max(othersWait ? room / 2 : room, this.leastSlice));
@@ -332,8 +394,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   /** Nobody else could use it. */
   private sliceWithWhatIsLeft(): void {
     const { slice } = this;
-    const { numLayers, stepTokens } = this.limits;
-    const room = stepTokens - this.tokens;
+    const { numLayers } = this.limits;
+    const room = this.stepTokens - this.tokens;
     if (!slice || slice.endLayer === numLayers || Math.floor((numLayers * room) / slice.runTokens) < 1) return;
     this.sliceUp({ ...slice, nextLayer: slice.endLayer }, room);
     this.slice = { ...this.slice!, firstLayer: slice.firstLayer };
@@ -348,7 +410,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   }
 
   private get leastSlice(): number {
-    return this.limits.stepTokens * LEAST_SLICE;
+    return this.stepTokens * LEAST_SLICE;
   }
 
   private layersFor(runTokens: number, budget: number): number {
