@@ -35,7 +35,7 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { MovingRate } from './scheduler/moving-rate.js';
-import { StepCostFit } from './scheduler/step-cost.js';
+import { StepCostTable } from './scheduler/step-cost.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
@@ -167,7 +167,7 @@ export class ServingLoop {
   /** How fast the backlog goes, measured while there are steps. */
   private readonly endRate = new MovingRate(RATE_WINDOW_MS);
   private busyMs = 0;
-  private readonly stepCost = new StepCostFit();
+  private readonly stepCost = new StepCostTable();
   private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
 

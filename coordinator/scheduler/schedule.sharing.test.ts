@@ -1,10 +1,15 @@
 /** How long a step may be where several keys share it. */
 import { expect, test } from 'vitest';
 import { type KeyShare, schedule, type PendingExtend, type RunningRequest, type SchedulerState } from './schedule.js';
+import type { StepCost } from './step-cost.js';
 
 const limits = { stepTokens: 256, maxBatchTokens: 768, maxExtends: 256, numLayers: 8 };
 /** Steps of a CPU: ten tokens take twice what none does. */
-const stepCost = { fixedMs: 1, perTokenMs: 0.1 };
+const stepCost = line(1, 0.1);
+
+function line(fixedMs: number, perTokenMs: number): StepCost {
+  return [1, 401].map((tokens) => ({ tokens, ms: fixedMs + perTokenMs * tokens }));
+}
 
 interface Sequences {
   readonly key: string;
@@ -53,7 +58,7 @@ test('beside one sequence of another key a full batch runs in parts: the step ta
 
 test('where tokens cost next to nothing nobody has to wait', () => {
   const running = [...decoding({ key: 'a', count: 64 }), ...decoding({ key: 'b', count: 1 })];
-  expect(taken(running, { stepCost: { fixedMs: 10, perTokenMs: 0.01 } })).toEqual({ a: 64, b: 1 });
+  expect(taken(running, { stepCost: line(10, 0.01) })).toEqual({ a: 64, b: 1 });
   expect(taken(running, { stepCost: null })).toEqual({ a: 64, b: 1 });
 });
 

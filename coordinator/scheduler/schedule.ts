@@ -1,4 +1,4 @@
-import type { StepCost } from './step-cost.js';
+import { stepMs, type StepCost, tokensWithin } from './step-cost.js';
 
 /** What {@link schedule} looks at, as plain data. */
 export interface SchedulerState<R extends RunningRequest = RunningRequest, W extends WaitingRequest = WaitingRequest> {
@@ -245,12 +245,11 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     }
     let weights = 0;
     for (const key of byKey.keys()) weights += this.weight(key);
-    const { fixedMs, perTokenMs } = stepCost;
     let mostMs = Infinity;
     for (const [key, own] of byKey) {
-      mostMs = Math.min(mostMs, (weights / this.weight(key)) * (fixedMs + perTokenMs * Math.max(1, own.length)));
+      mostMs = Math.min(mostMs, (weights / this.weight(key)) * stepMs(stepCost, Math.max(1, own.length)));
     }
-    const fair = Math.max(byKey.size, Math.floor((mostMs - fixedMs) / perTokenMs));
+    const fair = Math.max(byKey.size, Math.floor(tokensWithin(stepCost, mostMs)));
     if (fair >= this.stepTokens) return decodes;
     this.stepTokens = fair;
 

@@ -1,38 +1,54 @@
-/** What a step of n tokens takes: `fixedMs + n * perTokenMs`. */
-export interface StepCost {
-  readonly fixedMs: number;
-  readonly perTokenMs: number;
+/** What steps of some sizes take; in between it is on the line from one to the next. Sizes and times grow. Two points at least. */
+export type StepCost = readonly StepPoint[];
+
+export interface StepPoint {
+  readonly tokens: number;
+  readonly ms: number;
 }
 
-/** How much each step counts less with every one after it: about 200 of them matter. */
-const DECAY = 0.995;
-/** A slope wants steps of different sizes: their variance, in tokens squared, at least. */
-const LEAST_VARIANCE = 4;
+/** Milliseconds of a step of so many tokens. */
+export function stepMs(cost: StepCost, tokens: number): number {
+  const [a, b] = segment(cost, ({ tokens: size }) => size >= tokens);
+  return Math.max(0, a.ms + ((tokens - a.tokens) * (b.ms - a.ms)) / (b.tokens - a.tokens));
+}
 
-/** Least squares over the last steps, as plain data. Steps that are all alike say nothing of the slope: it then stays what it was. */
-export class StepCostFit {
-  private weight = 0;
-  private tokens = 0;
-  private ms = 0;
-  private tokensSquared = 0;
-  private tokensMs = 0;
-  private perTokenMs: number | null = null;
+/** The most tokens of a step that takes no longer; Infinity where more of them cost nothing. */
+export function tokensWithin(cost: StepCost, ms: number): number {
+  const [a, b] = segment(cost, ({ ms: time }) => time >= ms);
+  return b.ms > a.ms ? Math.max(0, a.tokens + ((ms - a.ms) * (b.tokens - a.tokens)) / (b.ms - a.ms)) : Infinity;
+}
+
+/** The two points around, or the nearest two. */
+function segment(cost: StepCost, isBeyond: (point: StepPoint) => boolean): readonly [StepPoint, StepPoint] {
+  const found = cost.findIndex(isBeyond);
+  const at = found < 0 ? cost.length - 1 : Math.max(1, found);
+  return [cost[at - 1]!, cost[at]!];
+}
+
+/** How much a new step counts in the mean of its size. */
+const LEARNING = 1 / 16;
+/** Steps of a size before it counts: the first ones are slower than those that follow. */
+const LEAST_STEPS = 4;
+
+/** Means of what steps take, by size: one for each power of two. Kernels are not linear: a row more may be free, or cost a whole tile. */
+export class StepCostTable {
+  private readonly sizes: { steps: number; tokens: number; ms: number }[] = [];
 
   observe(tokens: number, ms: number): void {
-    this.weight = this.weight * DECAY + 1;
-    this.tokens = this.tokens * DECAY + tokens;
-    this.ms = this.ms * DECAY + ms;
-    this.tokensSquared = this.tokensSquared * DECAY + tokens * tokens;
-    this.tokensMs = this.tokensMs * DECAY + tokens * ms;
+    const size = (this.sizes[Math.max(0, Math.ceil(Math.log2(tokens)))] ??= { steps: 0, tokens, ms });
+    size.steps += 1;
+    const share = Math.max(LEARNING, 1 / size.steps);
+    size.tokens += (tokens - size.tokens) * share;
+    size.ms += (ms - size.ms) * share;
   }
 
-  /** Null as long as there is nothing to go by. */
+  /** Null as long as there are not two sizes to go by. */
   get cost(): StepCost | null {
-    if (this.weight === 0) return null;
-    const [tokens, ms] = [this.tokens / this.weight, this.ms / this.weight];
-    const variance = this.tokensSquared / this.weight - tokens * tokens;
-    if (variance >= LEAST_VARIANCE) this.perTokenMs = Math.max(1e-6, (this.tokensMs / this.weight - tokens * ms) / variance);
-    if (this.perTokenMs === null) return null;
-    return { fixedMs: Math.max(0, ms - this.perTokenMs * tokens), perTokenMs: this.perTokenMs };
+    const points: StepPoint[] = [];
+    for (const size of this.sizes) {
+      if (!size || size.steps < LEAST_STEPS) continue;
+      points.push({ tokens: size.tokens, ms: Math.max(size.ms, points.at(-1)?.ms ?? 0) });
+    }
+    return points.length < 2 ? null : points;
   }
 }
