@@ -117,7 +117,7 @@ const MOST_BLOCKED = 16;
  * Chooses the work of the next engine step. Pure: the same state and limits give the same plan.
  *
  * 1. Decoding comes first: no running sequence stalls behind a prompt. All of it runs, unless that takes several keys' tokens longer than their shares allow:
- *    key k of weights w(k) may expect steps of at most sum(w) / w(k) times what its own sequences take. Then the keys with the fewest go first, and the
+ *    key k of weights w(k) may expect steps of at most sum(w) / w(k) times what its own runs take. Then the keys with the fewest go first, and the
  *    sequences of the others take turns.
  * 2. A run that is longer than what is left of the step is sliced by layers, since GLM attends over its context in both directions and a part of
  *    its tokens has no usable KV. One run at a time is under way like that; while others wait it gets half of what decoding leaves.
@@ -147,6 +147,8 @@ interface Lane<R, W> {
   queueAt: number;
   /** Its queue has to wait for blocks; other keys may go on within their shares. */
   isBlocked: boolean;
+  /** Its share of the step is used up. */
+  isDone: boolean;
 }
 
 interface Decode<R> {
@@ -179,6 +181,9 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private readonly writers = new Map<number, number>();
   private readonly contexts = new Set<string>();
   private readonly charges = new Map<string, number>();
+  /** Tokens that each key may have in this step, where several share it; and has. */
+  private shares: Map<string, number> | null = null;
+  private readonly used = new Map<string, number>();
   private holdings: Map<string, Holding> | null = null;
   /** Of running requests; counting them takes a while. Filled with the holdings. */
   private readonly blocksOf = new Map<R, number>();
@@ -230,6 +235,18 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     return null;
   }
 
+  /** Of the longer runs that a key alone would have in this step. */
+  private longTokens(key: string): number {
+    const lane = this.lanes.get(key);
+    let tokens = this.sliceRequest?.key === key ? this.state.slice!.runTokens : 0;
+    for (const { extend } of lane?.long ?? []) {
+      if (tokens >= this.limits.stepTokens) break;
+      tokens += extend.runTokens;
+    }
+    if (tokens === 0) tokens = lane?.queue[0]?.pending[0]?.runTokens ?? 0;
+    return Math.min(tokens, this.limits.stepTokens);
+  }
+
   /** Those that run in this step; bounds the step where several keys share it. */
   private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
     const { running, stepCost } = this.state;
@@ -247,26 +264,35 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     for (const key of byKey.keys()) weights += this.weight(key);
     let mostMs = Infinity;
     for (const [key, own] of byKey) {
-      mostMs = Math.min(mostMs, (weights / this.weight(key)) * stepMs(stepCost, Math.max(1, own.length)));
+      mostMs = Math.min(mostMs, (weights / this.weight(key)) * stepMs(stepCost, Math.max(1, own.length + this.longTokens(key))));
     }
     const fair = Math.max(byKey.size, Math.floor(tokensWithin(stepCost, mostMs)));
     if (fair >= this.stepTokens) return decodes;
     this.stepTokens = fair;
 
-    const isLongLeft = this.state.slice !== null || this.lanes.size > 0;
-    let room = Math.max(byKey.size, Math.floor(fair * (isLongLeft ? 1 - LEAST_LONG : 1)));
-    if (decodes.length <= room) return decodes;
+    this.shares = new Map();
     const taken: Decode<R>[] = [];
-    const fewestFirst = [...byKey].sort(([a, own], [b, others]) => own.length / this.weight(a) - others.length / this.weight(b));
-    for (const [key, own] of fewestFirst) {
-      const share = Math.max(1, Math.floor((room * this.weight(key)) / weights));
-      if (own.length > share) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
-      const count = Math.min(own.length, share);
-      for (let i = 0; i < count; i++) taken.push(own[i]!);
-      room -= count;
+    const wanted = new Map([...byKey].map(([key, own]) => [key, own.length + this.longTokens(key)]));
+    const modestFirst = [...byKey].sort(([a], [b]) => wanted.get(a)! / this.weight(a) - wanted.get(b)! / this.weight(b));
+    let room = fair;
+    for (const [key, own] of modestFirst) {
+      const share = Math.min(wanted.get(key)!, Math.max(1, (room * this.weight(key)) / weights));
+      this.shares.set(key, share);
+      room -= share;
       weights -= this.weight(key);
+
+      const isLongLeft = wanted.get(key)! > own.length;
+      const count = Math.min(own.length, Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1))));
+      if (own.length > count) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
+      for (let i = 0; i < count; i++) taken.push(own[i]!);
     }
     return taken;
+  }
+
+  /** What is left in this step for a key. */
+  private roomFor(key: string): number {
+    const room = this.stepTokens - this.tokens;
+    return this.shares ? Math.min(room, (this.shares.get(key) ?? 0) - (this.used.get(key) ?? 0)) : room;
   }
 
   /** @returns a request to preempt first */
@@ -281,7 +307,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
         if (needed > this.freeBlocks) {
           const victim = this.worstBut(request);
           if (victim) return victim;
-        } else if (!this.takeOrSlice(request, extend, needed)) return null;
+        } else if (!this.takeOrSlice(request, extend, needed) && this.isFull(lane)) return null;
         continue;
       }
       const request = lane.queue[lane.queueAt]!;
@@ -290,10 +316,16 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
         const victim = this.victimOf(request);
         if (victim) return victim;
         this.block(lane);
-      } else if (!this.begin(request)) return null;
-      else lane.queueAt += 1;
+      } else if (this.begin(request)) lane.queueAt += 1;
+      else if (this.isFull(lane)) return null;
       if (this.blockedLanes === MOST_BLOCKED) return null;
     }
+  }
+
+  /** Whether the step is, and not only this key's share of it. */
+  private isFull(lane: Lane<R, W>): boolean {
+    lane.isDone = true;
+    return this.shares === null;
   }
 
   private block(lane: Lane<R, W>): void {
@@ -311,6 +343,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private nextLane(): { lane: Lane<R, W>; isLong: boolean } | null {
     let best: { lane: Lane<R, W>; isLong: boolean; rank: Rank } | null = null;
     for (const lane of this.lanes.values()) {
+      if (lane.isDone) continue;
       const long = lane.long[lane.longAt]?.request;
       const waiting = lane.isBlocked || lane.queue[lane.queueAt]?.isHeldBack ? undefined : lane.queue[lane.queueAt];
       const isLong = long !== undefined && (waiting === undefined || this.compare(long, waiting) < 0);
@@ -363,6 +396,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   private count({ key }: Schedulable, tokens: number, charge: number): void {
     this.tokens += tokens;
+    this.used.set(key, (this.used.get(key) ?? 0) + tokens);
     this.charges.set(key, (this.charges.get(key) ?? 0) + charge / this.weight(key));
   }
 
@@ -371,7 +405,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (extend.computesContext !== null && this.contexts.has(extend.computesContext)) return true; // it will find the context computed
     if (this.run.length + (this.slice ? 1 : 0) >= this.limits.maxExtends) return false;
     const { runTokens } = extend;
-    const room = Math.min(this.stepTokens - this.tokens, this.limits.maxBatchTokens - this.rows);
+    const room = Math.min(this.roomFor(request.key), this.limits.maxBatchTokens - this.rows);
     if (runTokens <= room) {
       this.take(request, extend, needed);
       return true;
@@ -379,15 +413,15 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (this.slice || this.rows + runTokens > this.limits.maxBatchTokens) return false;
     this.reserve(extend, needed, runTokens);
     this.sliceRequest = request;
-    this.sliceUp({ extend, runTokens, nextLayer: 0 }, Math.max(room, this.leastSlice));
+    this.sliceUp({ extend, runTokens, nextLayer: 0 }, this.shares ? Math.max(0, room) : Math.max(room, this.leastSlice));
     return true;
   }
 
   private continueSlice(slice: SliceUnderWay, othersWait: boolean): void {
-    const room = Math.max(0, this.stepTokens - this.tokens);
+    const room = Math.max(0, this.roomFor(this.sliceRequest!.key));
     this.rows += slice.runTokens;
     if (slice.extend.computesContext !== null) this.contexts.add(slice.extend.computesContext);
-    this.sliceUp(slice, Math.max(othersWait ? room / 2 : room, this.leastSlice));
+    this.sliceUp(slice, this.shares ? room : Math.max(othersWait ? room / 2 : room, this.leastSlice));
   }
 
   /** Nobody else could use it. */
@@ -418,7 +452,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   private lane(key: string): Lane<R, W> {
     let lane = this.lanes.get(key);
-    if (!lane) this.lanes.set(key, (lane = { key, long: [], longAt: 0, queue: [], queueAt: 0, isBlocked: false }));
+    if (!lane) this.lanes.set(key, (lane = { key, long: [], longAt: 0, queue: [], queueAt: 0, isBlocked: false, isDone: false }));
     return lane;
   }
 

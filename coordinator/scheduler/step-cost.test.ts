@@ -23,7 +23,8 @@ test('reads times and sizes off the line between two points, and beyond the last
     { tokens: 13, ms: 7 },
   ];
   expect([1, 3, 5, 7, 11, 15].map((tokens) => stepMs(cost, tokens))).toEqual([1, 2, 3, 3, 5, 9]);
-  expect([1, 2, 3, 5, 9].map((ms) => tokensWithin(cost, ms))).toEqual([1, 3, 5, 11, 15]);
+  expect([1, 2, 3, 5, 9].map((ms) => tokensWithin(cost, ms))).toEqual([1, 3, 9, 11, 15]);
+  expect(tokensWithin(cost, 0.5)).toBe(1);
   expect(tokensWithin(cost.slice(1, 3), 4)).toBe(Infinity);
 });
 

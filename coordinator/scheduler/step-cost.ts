@@ -12,10 +12,11 @@ export function stepMs(cost: StepCost, tokens: number): number {
   return Math.max(0, a.ms + ((tokens - a.tokens) * (b.ms - a.ms)) / (b.tokens - a.tokens));
 }
 
-/** The most tokens of a step that takes no longer; Infinity where more of them cost nothing. */
+/** The most tokens of a step that takes no longer, the fewest that are known at least; Infinity where more of them cost nothing. */
 export function tokensWithin(cost: StepCost, ms: number): number {
-  const [a, b] = segment(cost, ({ ms: time }) => time >= ms);
-  return b.ms > a.ms ? Math.max(0, a.tokens + ((ms - a.ms) * (b.tokens - a.tokens)) / (b.ms - a.ms)) : Infinity;
+  if (ms < cost[0]!.ms) return cost[0]!.tokens;
+  const [a, b] = segment(cost, ({ ms: time }) => time > ms);
+  return b.ms > a.ms ? a.tokens + ((ms - a.ms) * (b.tokens - a.tokens)) / (b.ms - a.ms) : Infinity;
 }
 
 /** The two points around, or the nearest two. */
