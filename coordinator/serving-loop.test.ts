@@ -6,7 +6,8 @@ import type { Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
 import { FakeEngine } from './group/fake-engine.js';
-import { ServingLoop, type Job, type Ticket } from './serving-loop.js';
+import type { Job, Ticket } from './job.js';
+import { ServingLoop } from './serving-loop.js';
 
 const log = createLogger('test', 'silent');
 const BLOCK_SIZE = 4;

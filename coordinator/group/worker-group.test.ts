@@ -163,9 +163,9 @@ describe('an answer that was not asked for ends the epoch', () => {
   test.each([
     { name: 'too many', results: [sampleResult, sampleResult] },
     { name: 'none', results: [] },
-    { name: 'another kind', results: [{ kind: 'targets', logprobs: [1] } as StepExtendResult] },
-    { name: 'a token beyond the vocabulary', results: [{ ...sampleResult, token: VOCAB_SIZE } as StepExtendResult] },
-    { name: 'too few best tokens', results: [{ ...sampleResult, topTokens: [] } as StepExtendResult] },
+    { name: 'another kind', results: [{ kind: 'targets', logprobs: [1] }] },
+    { name: 'a token beyond the vocabulary', results: [{ ...sampleResult, token: VOCAB_SIZE }] },
+    { name: 'too few best tokens', results: [{ ...sampleResult, topTokens: [] }] },
   ])('$name', async ({ results }) => {
     const [first, second] = bothReady();
     const step = group.step(sampleStep);

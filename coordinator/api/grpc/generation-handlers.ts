@@ -3,7 +3,7 @@ import { CancelledError, DeadlineError, TandemError } from '../../../common/erro
 import { Generation } from '../../../common/services.js';
 import type { GenerationHandlers } from '../../../proto/generated/tandem/v1/Generation.js';
 import type { RequestOptions__Output } from '../../../proto/generated/tandem/v1/RequestOptions.js';
-import type { Ticket } from '../../serving-loop.js';
+import type { Ticket } from '../../job.js';
 import { encodeDelta, encodeFinish, encodeScore } from '../encode.js';
 import type { CallContext } from '../service.js';
 import {

@@ -5,7 +5,7 @@ import type { GenerateRequest__Output } from '../../../proto/generated/tandem/v1
 import type { Caller } from '../../access/caller.js';
 import type { GenerationDelta, GenerationRequest, GenerationResult } from '../../generation/request.js';
 import type { Limits } from '../../limits.js';
-import type { Ticket } from '../../serving-loop.js';
+import type { Ticket } from '../../job.js';
 import type { CallContext } from '../service.js';
 import { toCallContext, toGenerationRequest } from '../validate.js';
 import { type ChoicePart, ChoiceText, echoPart } from './choice-text.js';

@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify';
-import type { Completed, Ticket } from '../../serving-loop.js';
+import type { Completed, Ticket } from '../../job.js';
 
 /** Aborted when the client goes. */
 export function endOf(reply: FastifyReply): AbortSignal {
