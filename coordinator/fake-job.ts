@@ -1,4 +1,4 @@
-import type { Sequences, Strategy } from './generation/strategy.js';
+import type { Sequences, Strategy, Want } from './generation/strategy.js';
 import type { Job } from './serving-loop.js';
 
 /** Of the engines that tests run these jobs on. */
@@ -24,21 +24,7 @@ export function fakeJob({ prompt, newTokens, samples }: Shape, seed: number, cha
         tokens: [own.at(-1)!],
         positions: [prompt + i],
         bidirectionalTokens: 0,
-        want: {
-          kind: 'sample' as const,
-          params: {
-            temperature: 1,
-            topK: 0,
-            topP: 0,
-            bannedTokens: [],
-            biasTokens: [],
-            biases: [],
-            repetitionPenalty: 1,
-            repeatedTokens: [],
-          },
-          noise: { seed: BigInt(seed), stream, position: i },
-          topLogprobs: 0,
-        },
+        want: wantedSample(seed, stream, i),
       }));
       results.forEach((result, stream) => {
         if (result.kind !== 'sample') throw new Error(`got ${result.kind}`);
@@ -62,6 +48,24 @@ export function fakeJob({ prompt, newTokens, samples }: Shape, seed: number, cha
 }
 
 let nextRequest = 1;
+
+export function wantedSample(seed: number, stream: number, position: number): Want {
+  return {
+    kind: 'sample',
+    params: {
+      temperature: 1,
+      topK: 0,
+      topP: 0,
+      bannedTokens: [],
+      biasTokens: [],
+      biases: [],
+      repetitionPenalty: 1,
+      repeatedTokens: [],
+    },
+    noise: { seed: BigInt(seed), stream, position },
+    topLogprobs: 0,
+  };
+}
 
 /** Who asks, by the name of the API key. */
 export function callerNamed(name: string, changes: Partial<Job<unknown>['caller']> = {}): Job<unknown>['caller'] {

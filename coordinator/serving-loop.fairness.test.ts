@@ -28,14 +28,14 @@ const LONGEST_STEP_MS = STEP_MS + 1.25 * limits.stepTokens * PREFILL_MS + limits
 
 class VirtualTimeEngine extends FakeEngine {
   nowMs = 0;
-  steps = 0;
+  stepsDone = 0;
   /** What happens by the new time. */
   onTime: () => void = () => {};
 
   override async step(step: EngineStep): Promise<EngineStepResult> {
     const result = await super.step(step);
     this.history.length = 0;
-    this.steps += 1;
+    this.stepsDone += 1;
     this.nowMs += STEP_MS;
     for (const { tokens, firstLayer, endLayer } of step.extends) {
       const share = (endLayer - firstLayer) / this.capacity.numLayers;
@@ -158,7 +158,7 @@ async function sharedOut(weights: readonly [number, number], shapes: readonly [S
   const floods = [0, 1].map((i) => new Flood(loop, `key ${i}`, 100, weights[i], shapes[i]));
   engine.onTime = () => floods.forEach((flood) => flood.refill());
   engine.onTime();
-  while (engine.steps < 3000) await turn();
+  while (engine.stepsDone < 3000) await turn();
   floods.forEach((flood) => flood.stop());
   return [floods[0]!.tokens, floods[1]!.tokens];
 }
@@ -191,12 +191,12 @@ test('a key that runs one long request has no credit when it floods', async () =
   loop.submit(fakeJob({ prompt: 4, newTokens: 350, samples: 1 }, 1, { caller: callerNamed('sleepy') }));
   engine.onTime = () => {
     busy.refill();
-    if (engine.steps >= 300) sleepy.refill();
+    if (engine.stepsDone >= 300) sleepy.refill();
   };
   engine.onTime();
-  while (engine.steps < 300) await turn();
+  while (engine.stepsDone < 300) await turn();
   const before = busy.tokens;
-  while (engine.steps < 600) await turn();
+  while (engine.stepsDone < 600) await turn();
   const after = busy.tokens;
   busy.stop();
   sleepy.stop();
@@ -210,10 +210,10 @@ test('a request that is larger than its share begins in the end, however busy th
   let isDone = false;
   engine.onTime = () => floods.forEach((flood) => flood.refill());
   engine.onTime();
-  while (engine.steps < 50) await turn();
+  while (engine.stepsDone < 50) await turn();
   const large = fakeJob({ prompt: 500, newTokens: 8, samples: 1 }, 7, { caller: callerNamed('large'), maxBlocks: 128 });
   void loop.submit(large).done.then(() => (isDone = true));
-  while (!isDone && engine.steps < 2000) await turn();
+  while (!isDone && engine.stepsDone < 2000) await turn();
   floods.forEach((flood) => flood.stop());
   expect(isDone).toBe(true);
 });
@@ -226,7 +226,7 @@ test('so does one that needs all the sequences of a step', async () => {
   engine.onTime();
   const wide = fakeJob({ prompt: 8, newTokens: 4, samples: 16 }, 7, { caller: callerNamed('wide'), maxSequences: 16 });
   void loop.submit(wide).done.then(() => (isDone = true));
-  while (!isDone && engine.steps < 2000) await turn();
+  while (!isDone && engine.stepsDone < 2000) await turn();
   floods.forEach((flood) => flood.stop());
   expect(isDone).toBe(true);
 });
