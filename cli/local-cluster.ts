@@ -17,6 +17,10 @@ export interface LocalClusterOptions {
   readonly isa?: string;
   readonly logLevel?: string;
   readonly stepTimeoutMs?: number;
+  /** Serve HTTP, too. */
+  readonly http?: boolean;
+  /** Further flags of `tandem serve`. */
+  readonly flags?: readonly string[];
   /** Aborting ends the server, whether it is ready or not. */
   readonly signal?: AbortSignal;
 }
@@ -24,6 +28,8 @@ export interface LocalClusterOptions {
 export interface LocalCluster {
   readonly client: TandemClient;
   readonly address: string;
+  /** Null without HTTP. */
+  readonly httpAddress: string | null;
   /** The coordinator's process. */
   readonly pid: number;
   /** When the server has ended, by whatever. */
@@ -40,6 +46,8 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
+    ...['--http-listen', options.http ? '127.0.0.1:0' : 'off'],
+    ...(options.flags ?? []),
     ...(options.stepTimeoutMs === undefined ? [] : ['--step-timeout-ms', String(options.stepTimeoutMs)]),
   ];
   const child = fork(join(packageRoot, 'dist', 'cli', 'main.js'), args, {
@@ -68,8 +76,8 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     process.off('exit', removeDir);
   };
   try {
-    const address = await new Promise<string>((resolve, reject) => {
-      child.once('message', (message) => resolve((message as ReadyMessage).address));
+    const { address, httpAddress } = await new Promise<ReadyMessage>((resolve, reject) => {
+      child.once('message', (message) => resolve(message as ReadyMessage));
       child.once('error', reject);
       child.once('close', () => {
         const lastLine = log
@@ -86,6 +94,7 @@ export async function startLocalCluster(options: LocalClusterOptions): Promise<L
     return {
       client,
       address,
+      httpAddress,
       pid: child.pid!,
       exited,
       close: async () => {

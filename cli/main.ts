@@ -8,6 +8,7 @@ import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
 import { keyCommand } from './commands/key.js';
+import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
@@ -32,6 +33,7 @@ const commands = [
   statusCommand,
   topCommand,
   logitsCommand,
+  loadCommand,
   keyCommand,
   demoCommand,
 ] as unknown as CommandModule[];

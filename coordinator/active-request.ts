@@ -23,6 +23,7 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   /** Why it is to end before the next step. */
   ending: TandemError | null = null;
   deadline: NodeJS.Timeout | null = null;
+  lastStep = 0;
   firstStepMs: number | null = null;
   firstResultMs: number | null = null;
   lastTokensMs = 0;

@@ -2,28 +2,32 @@ import { randomBytes } from 'node:crypto';
 import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
-import { createLogger, type LogLevel } from '../common/log.js';
+import { createLogger, type Logger, type LogLevel } from '../common/log.js';
 import { WorkerLink } from '../common/services.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { checkSpecialTokens, loadTokenizer } from '../model/tokenizer/tokenizer.js';
 import type { WorkerLinkHandlers } from '../proto/generated/tandem/v1/WorkerLink.js';
+import { OPEN_GATE } from './access/caller.js';
+import { KeyGate } from './access/gate.js';
+import { TlsFiles, type TlsPaths } from './access/tls.js';
 import { createGrpcServer } from './api/grpc-server.js';
-import { ServingService } from './api/service.js';
+import { createHttpServer } from './api/http/http-server.js';
+import { listenHttp } from './api/http/listen-http.js';
+import { ServingService, type ServerState } from './api/service.js';
+import { kvBlocksFor } from './group/kv-capacity.js';
 import { Supervisor } from './group/supervisor.js';
 import { WorkerGroup } from './group/worker-group.js';
-import { checkListen, listen } from './listen.js';
-import { createWorkerSocketPath } from './runtime-dir.js';
 import type { Limits } from './limits.js';
+import { checkGuard, checkListen, listen } from './listen.js';
+import { createWorkerSocketPath } from './runtime-dir.js';
 import { ServingLoop } from './serving-loop.js';
-import { kvBlocksFor } from './group/kv-capacity.js';
-import { statusSnapshot } from './status/snapshot.js';
-
-interface TlsPaths {
-  readonly cert: string;
-  readonly key: string;
-  readonly clientCa: string | null;
-}
+import { EventLog } from './status/event-log.js';
+import { Metrics } from './status/metrics.js';
+import { observers } from './status/observer.js';
+import { ServingStats } from './status/serving-stats.js';
+import { statusSnapshot, type StatusSources } from './status/snapshot.js';
+import { startTraces } from './status/traces.js';
 
 export interface ServeOptions {
   readonly model: string;
@@ -45,8 +49,8 @@ export interface ServeOptions {
   readonly kvDtype: 'fp16' | 'fp32';
   readonly isa: string;
   readonly stepTimeoutMs: number;
-  /** What clients call the model; null: the name of its folder. */
-  readonly modelName: string | null;
+  /** What clients call the model. */
+  readonly modelName: string;
   /** Null: no HTTP. */
   readonly httpListen: string | null;
   readonly access: { readonly apiKeysFile: string | null; readonly tls: TlsPaths | null };
@@ -60,13 +64,13 @@ export interface ServeOptions {
 }
 
 export interface RunningServer {
-  /** The public API's address as clients write it. */
+  /** The public gRPC API's address as clients write it. */
   readonly address: string;
   /** Null: there is no HTTP. */
   readonly httpAddress: string | null;
   /** Rejects when the server can not go on. */
   readonly failed: Promise<never>;
-  /** Reads API keys and TLS files again. */
+  /** Reads API keys and TLS files again. What is wrong with them is logged, and the old ones stay. */
   reload(): void;
   close(): Promise<void>;
 }
@@ -79,24 +83,23 @@ const HEARTBEAT_MS = 1000;
 const SHUTDOWN_GRACE_MS = 1000;
 const MAX_RESTARTS_PER_MINUTE = 5;
 
-/** Starts coordinator and workers; resolves when the first epoch is ready and the public API listens. */
+/** Starts coordinator and workers. The public APIs answer from the beginning, but take no requests yet; resolves when the first epoch is ready. */
 export async function startServer(options: ServeOptions): Promise<RunningServer> {
   const startMs = performance.now();
   const log = createLogger('coordinator', options.logLevel);
-  requireLoopback('--listen', options.listen);
-  if (options.workerListen !== null) requireLoopback('--worker-listen', options.workerListen);
-  await checkListen(options.listen);
+  const { gate, tls } = loadAccess(options, log);
+  await checkAddresses(options, tls, log);
   const store = await openStore(options.model);
   const { config } = store;
   const share = localShare(config, options.worldSize);
   const tokenizer = store.tokenizerPath && config.tokenizer ? await loadTokenizer(store.tokenizerPath, config.tokenizer) : null;
-
   if (tokenizer) checkSpecialTokens(tokenizer, config.specialTokens);
 
   const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
   // A step's whole runs beside one that goes through the layers.
   const maxBatchTokens = maxRunTokens + Math.max(MAX_EXTENDS, options.maxStepTokens);
+  const events = new EventLog();
   let supervisor: Supervisor | null = null;
   const group = new WorkerGroup({
     worldSize: options.worldSize,
@@ -117,24 +120,92 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     numLayers: config.numLayers,
     onAttached: (rank) => supervisor?.attached(rank),
     onDismissed: (rank, isCulprit) => supervisor?.expectExit(rank, isCulprit),
+    onEvent: (severity, message) => events.add(severity, message),
   });
 
   const linkServer = new Server(LINK_CHANNEL_OPTIONS);
   const handlers: WorkerLinkHandlers = { Attach: (call) => group.attach(call) };
   linkServer.addService(WorkerLink.service, { ...handlers });
   let loop: ServingLoop | null = null;
-  let publicServer: Server | null = null;
   let closing: Promise<void> | null = null;
+  const health = (): { state: ServerState; reason: string } => {
+    if (closing) return { state: 'stopping', reason: 'the server was told to stop' };
+    if (group.failureReason !== null) return { state: 'failed', reason: group.failureReason };
+    const loaded = `${group.snapshot().filter(({ state }) => state === 'ready').length} of ${options.worldSize} ranks have loaded the model`;
+    if (!loop) return { state: 'loading', reason: loaded };
+    if (loop.isDraining) return { state: 'draining', reason: 'the server takes no new requests and ends when the running ones have' };
+    return group.isReady ? { state: 'ready', reason: '' } : { state: 'recovering', reason: `a rank was lost: ${loaded}` };
+  };
+  const stats = new ServingStats();
+  const sources = (): StatusSources => ({
+    ...health(),
+    uptimeSeconds: (performance.now() - startMs) / 1000,
+    epoch: group.epoch,
+    model: {
+      name: options.modelName,
+      path: store.dir,
+      config,
+      weights: store.quantization ? `INT${store.quantization.bits}` : 'FP16',
+      hasTokenizer: tokenizer !== null,
+    },
+    threads: options.threads,
+    ranks: group.snapshot(),
+    restarts: (rank) => supervisor?.restarts(rank) ?? 0,
+    loop: loop?.snapshot() ?? null,
+    stats: stats.snapshot(),
+    events: events.list(),
+  });
+  const metrics = new Metrics(sources);
+  const { otlpEndpoint, modelName } = options;
+  const traces = otlpEndpoint === null ? null : await startTraces({ otlpEndpoint, modelName, log });
+  const observer = observers(metrics, stats, ...(traces ? [traces.observer] : []));
+  const service = new ServingService({
+    config,
+    modelName,
+    tokenizer,
+    blockSize: KV_BLOCK_SIZE,
+    limits: options.limits,
+    loop: () => loop,
+    health,
+    observer,
+  });
+  const status = () => statusSnapshot(sources());
+  const grpcServer = createGrpcServer({ service, gate: gate ?? OPEN_GATE, status, log, onRefused: (error) => service.refused(error) });
+  const httpServer =
+    options.httpListen === null
+      ? null
+      : createHttpServer({
+          service,
+          gate: gate ?? OPEN_GATE,
+          status,
+          metrics: () => metrics.text(),
+          log,
+          ...(tls ? { tls: tls.serverOptions() } : {}),
+          hosts: gate || tls?.requiresClientCertificate ? null : [],
+          rejected: (reason) => observer.rejected(reason),
+        });
+  tls?.onReload((files) => httpServer?.setTls(files));
+
   const close = (): Promise<void> =>
     (closing ??= (async () => {
       log.info('stopping');
+      grpcServer.updateHealth();
       await Promise.all([loop?.close(), group.close()]);
-      if (publicServer) await shutDown(publicServer);
+      await Promise.all([shutDown(grpcServer), httpServer?.close()]);
       await supervisor?.close();
       linkServer.forceShutdown();
+      await traces?.close();
     })());
 
   try {
+    const { maxConnections, maxHeaderBytes } = options.limits;
+    const address = await listen(grpcServer, options.listen, {
+      maxConnections,
+      maxHeaderBytes,
+      ...(tls ? { credentials: tls.grpcCredentials() } : {}),
+    });
+    const httpAddress = httpServer === null ? null : await listenHttp(httpServer, options.httpListen!);
+    log.info({ address, httpAddress }, 'listening');
     const linkAddress = await listen(linkServer, options.workerListen ?? `unix:${await createWorkerSocketPath()}`);
     if (options.supervise) {
       supervisor = new Supervisor({
@@ -158,43 +229,18 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,
+      observer,
     );
-    const running = loop;
-    const service = new ServingService({
-      config,
-      modelName: 'glm',
-      tokenizer,
-      blockSize: KV_BLOCK_SIZE,
-      limits: options.limits,
-      loop: () => running,
-      health: () => ({ state: 'ready', reason: '' }),
-    });
-    publicServer = createGrpcServer({
-      service,
-      log,
-      status: () =>
-        statusSnapshot({
-          state: closing ? 'stopping' : group.failureReason !== null ? 'failed' : group.isReady ? 'ready' : 'recovering',
-          uptimeSeconds: (performance.now() - startMs) / 1000,
-          epoch: group.epoch,
-          model: {
-            path: store.dir,
-            config,
-            weights: store.quantization ? `INT${store.quantization.bits}` : 'FP16',
-            hasTokenizer: tokenizer !== null,
-          },
-          threads: options.threads,
-          ranks: group.snapshot(),
-          restarts: (rank) => supervisor?.restarts(rank) ?? 0,
-          loop: running.snapshot(),
-        }),
-    });
-    const address = await listen(publicServer, options.listen);
-    log.info(
-      { address, worldSize: options.worldSize, kvBlocks: group.capacity.kvBlocks, startMs: Math.round(performance.now() - startMs) },
-      'ready',
-    );
-    return { address, httpAddress: null, failed: group.failed, reload: () => {}, close };
+    const readyMs = Math.round(performance.now() - startMs);
+    log.info({ address, httpAddress, worldSize: options.worldSize, kvBlocks: group.capacity.kvBlocks, startMs: readyMs }, 'ready');
+    const reload = (): void => {
+      const isTaken = [gate?.reload() ?? true, tls?.reload() ?? true].every(Boolean);
+      events.add(
+        isTaken ? 'info' : 'error',
+        isTaken ? 'API keys and certificates were read again' : 'API keys or certificates are wrong, the old ones stay',
+      );
+    };
+    return { address, httpAddress, failed: group.failed, reload, close };
   } catch (error) {
     await close();
     throw error;
@@ -202,9 +248,33 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 }
 
 /** @throws ConfigError */
-function requireLoopback(flag: string, address: string): void {
-  if (isLoopback(parseAddress(address))) return;
-  throw new ConfigError(`${flag} ${address}: there is no authentication yet, so only unix:/path and loopback addresses are allowed`);
+function loadAccess({ access }: ServeOptions, log: Logger): { gate: KeyGate | null; tls: TlsFiles | null } {
+  return {
+    gate: access.apiKeysFile === null ? null : KeyGate.load(access.apiKeysFile, log),
+    tls: access.tls === null ? null : TlsFiles.load(access.tls, log),
+  };
+}
+
+/** Whether all addresses can be bound and are guarded as they need. @throws ConfigError */
+async function checkAddresses(
+  { listen, httpListen, workerListen, access }: ServeOptions,
+  tls: TlsFiles | null,
+  log: Logger,
+): Promise<void> {
+  const guard = { hasKeys: access.apiKeysFile !== null, hasTls: tls !== null, hasClientCa: tls?.requiresClientCertificate ?? false };
+  for (const [flag, address] of [
+    ['--listen', listen],
+    ['--http-listen', httpListen],
+  ] as const) {
+    if (address === null) continue;
+    checkGuard(flag, address, guard, log);
+    await checkListen(address);
+  }
+  if (workerListen !== null && !isLoopback(parseAddress(workerListen))) {
+    throw new ConfigError(
+      `--worker-listen ${workerListen}: workers share memory with each other, so only unix:/path and loopback addresses are allowed`,
+    );
+  }
 }
 
 /** Lets the last messages reach the clients. */

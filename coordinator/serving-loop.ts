@@ -35,6 +35,7 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { MovingRate } from './scheduler/moving-rate.js';
+import { StepCostTable } from './scheduler/step-cost.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
@@ -166,6 +167,7 @@ export class ServingLoop {
   /** How fast the backlog goes, measured while there are steps. */
   private readonly endRate = new MovingRate(RATE_WINDOW_MS);
   private busyMs = 0;
+  private readonly stepCost = new StepCostTable();
   private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
 
@@ -310,6 +312,7 @@ export class ServingLoop {
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
           scheduleMs: plannedMs - startMs,
+          totalMs: this.now() - startMs,
           roundTripMs: answeredMs - plannedMs,
           emitMs: flushMs + this.now() - answeredMs,
           generatedTokens: this.totals.generatedTokens - tokensBefore,
@@ -373,6 +376,7 @@ export class ServingLoop {
         slice: this.slice,
         freeBlocks: this.blocks.availableBlocks,
         totalBlocks: this.blocks.totalBlocks,
+        stepCost: this.stepCost.cost,
       },
       this.stepLimits,
     );
@@ -459,7 +463,8 @@ export class ServingLoop {
   private toEngineStep({ whole, slice, blockCopies }: PlannedStep, nowMs: number) {
     const { numLayers } = this.engine.capacity;
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
-      pending.request.firstStepMs ??= nowMs;
+      pending.request.lastStep = this.totals.steps;
+      if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
       return {
         tokens: sequence.tokens.slice(firstToken),
         positions: sequence.positions.slice(firstToken),
@@ -474,6 +479,11 @@ export class ServingLoop {
     const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
     if (slice) extendsOfStep.push(toExtend(slice.run, slice.firstLayer, slice.endLayer));
     return { blockCopies, extends: extendsOfStep };
+  }
+
+  private begin(request: ActiveRequest, nowMs: number): void {
+    request.firstStepMs = nowMs;
+    this.totals.promptTokens += request.job.promptTokens;
   }
 
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
@@ -534,7 +544,11 @@ export class ServingLoop {
   private observe(
     { whole, slice }: PlannedStep,
     { ranks, evaluateMs, codecMs }: EngineStepResult,
-    { roundTripMs, ...measured }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly roundTripMs: number },
+    {
+      totalMs,
+      roundTripMs,
+      ...measured
+    }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly totalMs: number; readonly roundTripMs: number },
   ): void {
     const stepMs = longest(ranks, 'computeMs');
     const allReduceMs = longest(ranks, 'collectiveMs');
@@ -545,6 +559,7 @@ export class ServingLoop {
       if (length === 1) decodeTokens += 1;
       else prefillTokens += length;
     }
+    this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
       ...measured,
       wireMs: Math.max(0, roundTripMs - stepMs),
@@ -824,7 +839,6 @@ export class ServingLoop {
       decodeMs: endMs - firstResultMs,
       stallMs: Math.max(0, endMs - firstStepMs - request.busyMs),
     };
-    if (request.firstStepMs !== null) this.totals.promptTokens += job.promptTokens;
     this.observer.ended({
       requestId: job.requestId,
       key: request.key,

@@ -119,12 +119,13 @@ test('workers that somebody else starts, and starts again', async () => {
   const [link, api] = [`unix:${join(dir, 'link.sock')}`, `unix:${join(dir, 'api.sock')}`];
   const tandem = (...args: string[]): ChildProcess =>
     spawn(process.execPath, [join(packageRoot, 'dist/cli/main.js'), ...args, '--log-level', 'silent'], { stdio: 'ignore' });
-  const server = tandem('serve', '--external-workers', '--worker-listen', link, '--listen', api);
+  const server = tandem('serve', '--external-workers', '--worker-listen', link, '--listen', api, '--http-listen', 'off');
   const worker = (rank: number): ChildProcess => tandem('worker', '--coordinator', link, '--rank', String(rank));
   let ranks = [worker(0), worker(1)];
   try {
     await expect.poll(() => existsSync(join(dir, 'api.sock')), { timeout: 20_000 }).toBe(true);
-    const client = await connect(api);
+    const client = await connect(api); // which answers from the first moment, and takes requests once all ranks are there
+    await expect.poll(async () => (await client.status()).state, { timeout: 20_000 }).toBe('ready');
     const request = { text: TEXT, temperature: 0, maxNewTokens: 100, endTokens: { ids: [] } };
     const undisturbed = await client.generate(request);
     let tokens = 0;

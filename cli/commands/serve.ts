@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs';
+import { basename, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import type { CommandModule, Options } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
@@ -122,11 +123,11 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       }) as never,
   async handler(args) {
     let reload: (() => void) | null = null;
-    const stop = new Promise<void>((resolve) => {
-      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => resolve()); // npm and timeout send it twice
+    const stop = new Promise<void>((end) => {
+      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => end()); // npm and timeout send it twice
       // With nothing to read again it means what it means to every program: the terminal is gone.
-      process.on('SIGHUP', () => (args.apiKeys || args.tlsCert ? reload?.() : resolve()));
-      process.once('disconnect', () => resolve()); // a parent that is gone needs no server
+      process.on('SIGHUP', () => (args.apiKeys || args.tlsCert ? reload?.() : end()));
+      process.once('disconnect', () => end()); // a parent that is gone needs no server
     });
     if (!args.externalWorkers) nativeBuild(); // now, and not from each worker
     const starting = startServer({
@@ -138,7 +139,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       supervise: !args.externalWorkers,
       workerToken: process.env['TANDEM_WORKER_TOKEN'] ?? null,
       workerCommand: [process.execPath, fileURLToPath(new URL('../main.js', import.meta.url)), 'worker'],
-      modelName: args.modelName ?? null,
+      modelName: args.modelName ?? (args.model === undefined ? 'tiny-glm' : basename(resolve(args.model))),
       httpListen: args.httpListen === 'off' ? null : args.httpListen,
       access: {
         apiKeysFile: args.apiKeys ?? null,

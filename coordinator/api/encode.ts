@@ -25,7 +25,7 @@ export function encodeDelta({ output, blank, text, tokens, logprobs }: Generatio
   };
 }
 
-export function encodeFinish(requestId: string, { value, timings }: Completed<GenerationResult>): GenerateResponse {
+export function encodeFinish(requestId: string, { value, timings, cachedPromptTokens }: Completed<GenerationResult>): GenerateResponse {
   return {
     finish: {
       requestId,
@@ -42,7 +42,7 @@ export function encodeFinish(requestId: string, { value, timings }: Completed<Ge
         })),
         beams: output.beams.map(({ ids, text, blanks, score }) => ({ ids: [...ids], text, blanks: [...blanks], score })),
       })),
-      usage: { promptTokens: value.promptTokens, generatedTokens: value.generatedTokens },
+      usage: { promptTokens: value.promptTokens, generatedTokens: value.generatedTokens, cachedPromptTokens },
       timings: encodeTimings(timings),
     },
   };

@@ -1,6 +1,16 @@
 import { randomUUID } from 'node:crypto';
-import { type ErrorCode, InvalidRequestError, NotReadyError, PromptTooLongError, TandemError } from '../../common/errors.js';
+import {
+  CancelledError,
+  EngineError,
+  type ErrorCode,
+  InvalidRequestError,
+  NotReadyError,
+  PromptTooLongError,
+  TandemError,
+} from '../../common/errors.js';
 import type { ModelConfig } from '../../model/model-config.js';
+import { checkedTokenizer, type Prompt } from '../../model/tokenizer/prompt.js';
+import { areLong, encodeText, type ThreadedEncoder } from '../../model/tokenizer/threaded-encoder.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import type { Caller } from '../access/caller.js';
 import { contextOf, generate } from '../generation/blank-filling.js';
@@ -30,6 +40,8 @@ export interface ServiceOptions {
   readonly config: ModelConfig;
   readonly modelName: string;
   readonly tokenizer: Tokenizer | null;
+  /** Of the same tokenizer, for long texts. Without it all are encoded in place. */
+  readonly encoder?: Pick<ThreadedEncoder, 'encode'> | null;
   readonly blockSize: number;
   readonly limits: Limits;
   /** Null until the first epoch is ready. */
@@ -71,6 +83,43 @@ export class ServingService {
   /** `recovering` takes requests, which wait; everything else but `ready` refuses them. */
   get health(): { readonly state: ServerState; readonly reason: string } {
     return this.options.health();
+  }
+
+  /**
+   * The request as it should come to {@link generate}: a long text encoded, away from the event loop; else it comes back as it is.
+   * @throws TandemError what {@link generate} would say of the text's length, and `ThreadedEncoder.encode`'s
+   */
+  async prepare(request: GenerationRequest, signal?: AbortSignal): Promise<GenerationRequest> {
+    return (await this.prepareAll([request], signal))[0]!;
+  }
+
+  /** `prepare` of requests that belong together: their texts are long if the sum of them is. */
+  async prepareAll(requests: readonly GenerationRequest[], signal?: AbortSignal): Promise<readonly GenerationRequest[]> {
+    const texts = requests.map(({ prompt }) => ({ prompt, what: 'prompt', asPrompt: true }));
+    const prompts = await this.encodeLong(texts, signal);
+    return prompts ? requests.map((request, i) => ({ ...request, prompt: prompts[i]! })) : requests;
+  }
+
+  /** `prepare` for {@link score}. */
+  async prepareScore(request: ScoreRequest, signal?: AbortSignal): Promise<ScoreRequest> {
+    const prompts = await this.encodeLong(
+      [
+        { prompt: request.prompt, what: 'prompt', asPrompt: true },
+        ...request.choices.map((choice, i) => ({ prompt: choice, what: `choice ${i}`, asPrompt: false })),
+      ],
+      signal,
+    );
+    return prompts ? { ...request, prompt: prompts[0]!, choices: prompts.slice(1) } : request;
+  }
+
+  /** Ids of a text of any length. @throws InvalidRequestError if the model has no tokenizer, and `ThreadedEncoder.encode`'s */
+  tokenize(text: string, how: { readonly asPrompt: boolean; readonly dummyPrefix: boolean }, signal?: AbortSignal): Promise<number[]> {
+    return this.refusing(async () => {
+      const { encoder } = this.options;
+      const tokenizer = this.requireTokenizer();
+      const one = { text, ...how };
+      return encoder ? (await encoder.encode([one], signal))[0]! : encodeText(tokenizer, one);
+    });
   }
 
   /** @param onDelta called as text becomes final, never while the ranks wait for the next step @throws TandemError at once where the request can not be taken */
@@ -146,6 +195,34 @@ export class ServingService {
       return submit(this.loop());
     } catch (error) {
       this.refused(error);
+      throw error;
+    }
+  }
+
+  /** The prompts with the ids of their texts; null: they are short, and encoded where they are used. */
+  private encodeLong(
+    prompts: readonly { readonly prompt: Prompt; readonly what: string; readonly asPrompt: boolean }[],
+    signal: AbortSignal | undefined,
+  ): Promise<readonly Prompt[] | null> {
+    return this.refusing(async () => {
+      this.loop(); // who can not be served needs no ids
+      const texts = prompts.flatMap(({ prompt, what, asPrompt }) => {
+        if (prompt.kind === 'ids') return [];
+        checkedTokenizer(prompt.text, what, this.model);
+        return [{ text: prompt.text, asPrompt, dummyPrefix: true }];
+      });
+      const { encoder } = this.options;
+      if (!encoder || !areLong(texts)) return null;
+      const ids = (await encoder.encode(texts, signal)).values();
+      return prompts.map(({ prompt }) => (prompt.kind === 'ids' ? prompt : { ...prompt, ids: ids.next().value! }));
+    });
+  }
+
+  private async refusing<R>(work: () => Promise<R>): Promise<R> {
+    try {
+      return await work();
+    } catch (error) {
+      if (!(error instanceof CancelledError || error instanceof EngineError)) this.refused(error);
       throw error;
     }
   }

@@ -61,8 +61,10 @@ export function toGenerationRequest(wire: GenerateRequest__Output, limits: Limit
     if (wire.logprobs !== undefined) throw new InvalidRequestError('logprobs: not given by beam search, use sampling', 'logprobs');
     if (logitBias.length > 0)
       throw new InvalidRequestError('logit_bias: beam search takes none, use sampling or banned_tokens', 'logit_bias');
-    if (penalties !== NO_PENALTIES)
-      throw new InvalidRequestError('penalties: beam search takes none, use sampling or no_repeat_ngram_size', 'penalties');
+    if (penalties !== NO_PENALTIES) {
+      const field = penalties.presence !== 0 ? 'presence_penalty' : penalties.frequency !== 0 ? 'frequency_penalty' : 'repetition_penalty';
+      throw new InvalidRequestError(`${field}: beam search takes none, use sampling or no_repeat_ngram_size`, field);
+    }
   }
   const limited = wire.maxNewTokens > 0 || wire.maxRowTokens > 0;
   return {

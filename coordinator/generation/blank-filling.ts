@@ -46,35 +46,41 @@ export function* generate(
  */
 export function contextOf(request: GenerationRequest, model: PromptModel): Context {
   const { vocabSize } = model.config;
-  checkIds(request.endTokens ?? [], 'end token', model);
-  checkIds(request.bannedTokens, 'banned token', model);
+  checkIds(request.endTokens ?? [], 'end token', model, 'end_tokens');
+  checkIds(request.bannedTokens, 'banned token', model, 'banned_tokens');
   checkIds(
     request.logitBias.map(({ token }) => token),
     'logit bias',
     model,
+    'logit_bias',
   );
-  for (const prefix of request.beams?.bannedPrefixes ?? []) checkIds(prefix, 'banned prefix', model);
+  for (const prefix of request.beams?.bannedPrefixes ?? []) checkIds(prefix, 'banned prefix', model, 'beam_search.banned_prefixes');
   const longestPadded = Math.ceil(model.config.maxSequenceLength / PADDING_MULTIPLE) * PADDING_MULTIPLE;
   if ((request.beams?.paddedLength ?? 0) > longestPadded) {
     throw new InvalidRequestError(
       `padded_length is ${request.beams!.paddedLength}, rows of this model are padded to ${longestPadded} at most`,
+      'beam_search.padded_length',
     );
   }
   const neverDrawn = new Set([...request.bannedTokens, ...(request.minNewTokens > 0 ? (request.endTokens ?? []) : [])]);
-  if (neverDrawn.size >= vocabSize) throw new InvalidRequestError(`all ${vocabSize} tokens are banned: leave at least one`);
+  if (neverDrawn.size >= vocabSize)
+    throw new InvalidRequestError(`all ${vocabSize} tokens are banned: leave at least one`, 'banned_tokens');
   if (request.sampling.topK > vocabSize) {
-    throw new InvalidRequestError(`top_k is ${request.sampling.topK}, the model has ${vocabSize} tokens: use 0 for no limit`);
+    throw new InvalidRequestError(`top_k is ${request.sampling.topK}, the model has ${vocabSize} tokens: use 0 for no limit`, 'top_k');
   }
   if ((request.topLogprobs ?? 0) > vocabSize) {
-    throw new InvalidRequestError(`log-probabilities of ${request.topLogprobs} tokens, the model has ${vocabSize}`);
+    throw new InvalidRequestError(`log-probabilities of ${request.topLogprobs} tokens, the model has ${vocabSize}`, 'logprobs');
   }
   if (request.stopStrings.length > 0 && model.tokenizer === null) {
-    throw new InvalidRequestError('stop strings need a tokenizer, which this model does not have: use end tokens');
+    throw new InvalidRequestError('stop strings need a tokenizer, which this model does not have: use end tokens', 'stop');
   }
   const context = buildContext(request.prompt, request.mode, model);
   if (request.mode === 'gmask' && !context.isMaskAppended) {
     // GenerationTaskDataset asserts it (section 3.2).
-    throw new InvalidRequestError('mode gmask continues the prompt, which already has a [gMASK]: leave it out, or use mode fill-blanks');
+    throw new InvalidRequestError(
+      'mode gmask continues the prompt, which already has a [gMASK]: leave it out, or use mode fill-blanks',
+      'mode',
+    );
   }
   return context;
 }

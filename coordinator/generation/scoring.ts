@@ -49,12 +49,12 @@ export interface ScoredTokens {
  * @throws InvalidRequestError, PromptTooLongError
  */
 export function scoredTokens(request: ScoreRequest, model: PromptModel): ScoredTokens {
-  if (request.choices.length === 0) throw new InvalidRequestError('there are no choices: give at least one');
+  if (request.choices.length === 0) throw new InvalidRequestError('there are no choices: give at least one', 'choices');
   const context = buildContext(request.prompt, request.mode, model);
   const contextLength = blankContextLength(context.row.length, context);
   const choices = request.choices.map((choice, i) => {
     const tokens = encodePlain(choice, `choice ${i}`, model);
-    if (tokens.length === 0) throw new InvalidRequestError(`choice ${i} has no tokens: give at least one`);
+    if (tokens.length === 0) throw new InvalidRequestError(`choice ${i} has no tokens: give at least one`, `choices[${i}]`);
     const length = contextLength + tokens.length - 1; // the last token is only predicted
     if (length > model.config.maxSequenceLength) {
       throw new PromptTooLongError(

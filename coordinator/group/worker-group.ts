@@ -37,6 +37,8 @@ export interface WorkerGroupOptions {
   readonly onAttached: (rank: number) => void;
   /** The rank has been told to leave: its process should end soon. `isCulprit`: it is what ended the epoch. */
   readonly onDismissed: (rank: number, isCulprit: boolean) => void;
+  /** For whoever watches the server. */
+  readonly onEvent?: (severity: 'info' | 'warning' | 'error', message: string) => void;
 }
 
 /** A rank that says nothing for so many heartbeats is taken for dead, whether a step is under way or not. */
@@ -193,6 +195,7 @@ export class WorkerGroup implements Engine {
   private failWith(error: Error): void {
     if (this.failure) return;
     this.failure = error;
+    if (error instanceof WorkerLostError) this.options.onEvent?.('error', error.message);
     this.endEpoch(error.message);
     this.rejectFailed(error);
     for (const { reject } of this.waiters.splice(0)) reject(this.failure);
@@ -204,6 +207,7 @@ export class WorkerGroup implements Engine {
     const refusal = this.refusal(hello ?? null);
     if (!hello || refusal !== null) {
       this.options.log.error({ rank: hello?.rank, pid: hello?.pid }, `worker refused: ${refusal}`);
+      this.options.onEvent?.('error', `a worker was refused: ${refusal}`);
       link.emit('error', Object.assign(new Error(refusal ?? ''), { code: 9, details: refusal }));
       return null;
     }
@@ -268,7 +272,10 @@ export class WorkerGroup implements Engine {
       rank.ready = true;
       rank.memory = message.ready.memory;
       this.options.log.info({ rank: index, epoch: this.epochNumber, loadMs: message.ready.loadMs }, 'shard loaded');
-      if (this.isReady) for (const { resolve } of this.waiters.splice(0)) resolve();
+      if (this.isReady) {
+        this.options.onEvent?.('info', `epoch ${this.epochNumber} is ready: all ${this.options.worldSize} ranks have loaded the model`);
+        for (const { resolve } of this.waiters.splice(0)) resolve();
+      }
     } else if (message.error) {
       const reason = `rank ${index}: ${message.error.message}`;
       // What a checkpoint or a flag makes impossible stays so, however often the workers are restarted.
@@ -322,8 +329,10 @@ export class WorkerGroup implements Engine {
 
   private endEpoch(reason: string, culprits: readonly number[] = []): void {
     if (this.assigned) this.lastEnd = reason;
-    if (this.assigned && !(this.failure instanceof NotReadyError))
+    if (this.assigned && !(this.failure instanceof NotReadyError)) {
       this.options.log.warn({ epoch: this.epochNumber }, `epoch ended: ${reason}`);
+      this.options.onEvent?.('warning', `epoch ${this.epochNumber} ended: ${reason}`);
+    }
     this.assigned = false;
     this.ranks.forEach((rank, index) => {
       if (rank === null) return;

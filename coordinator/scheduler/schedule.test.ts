@@ -83,7 +83,12 @@ function stateOf(state: State): SchedulerState<RunningRequest & Named, WaitingRe
   });
   const order = (a: { priority: number; id: number }, b: { priority: number; id: number }) => b.priority - a.priority || a.id - b.id;
   const running = Object.entries(state.running ?? {})
-    .map(([name, asked]) => ({ ...common(name, asked), blocks: asked.blocks ?? 1, ownBlocks: asked.ownBlocks ?? asked.blocks ?? 1 }))
+    .map(([name, asked]) => ({
+      ...common(name, asked),
+      blocks: asked.blocks ?? 1,
+      ownBlocks: asked.ownBlocks ?? asked.blocks ?? 1,
+      lastStep: 0,
+    }))
     .sort(order);
   const waiting = Object.entries(state.waiting ?? {})
     .map(([name, asked]) => ({ ...common(name, asked), neededBlocks: asked.needs ?? 1, isHeldBack: asked.heldBack ?? false }))
@@ -97,6 +102,7 @@ function stateOf(state: State): SchedulerState<RunningRequest & Named, WaitingRe
     slice: sliced ? { extend: sliced, runTokens: sliced.runTokens, nextLayer: state.slice![1] } : null,
     freeBlocks: state.free ?? 100,
     totalBlocks: state.total ?? 100,
+    stepCost: null,
   };
 }
 
@@ -608,7 +614,7 @@ class TinyServer {
     const seen = (of: Modelled) => {
       const pending: PendingExtend[] = [new ModelledRun(of)];
       const blocks = blocksOf(of.cached);
-      return { of, id: of.id, key: of.key, priority: of.priority, maxSequences: 1, pending, blocks, ownBlocks: blocks };
+      return { of, id: of.id, key: of.key, priority: of.priority, maxSequences: 1, pending, blocks, ownBlocks: blocks, lastStep: 0 };
     };
     const byPriority = (a: Modelled, b: Modelled) => b.priority - a.priority || a.id - b.id;
     const keys = [...new Set([...this.running, ...this.waiting].map(({ key }) => key))];
@@ -624,6 +630,7 @@ class TinyServer {
       slice: null,
       freeBlocks: this.free,
       totalBlocks: this.totalBlocks,
+      stepCost: null,
     };
   }
 }

@@ -1,3 +1,5 @@
+import { stepMs, type StepCost, tokensWithin } from './step-cost.js';
+
 /** What {@link schedule} looks at, as plain data. */
 export interface SchedulerState<R extends RunningRequest = RunningRequest, W extends WaitingRequest = WaitingRequest> {
   /** Highest priority first, then oldest first. */
@@ -10,6 +12,8 @@ export interface SchedulerState<R extends RunningRequest = RunningRequest, W ext
   /** KV blocks that nobody needs: free, or held by the context cache alone. */
   readonly freeBlocks: number;
   readonly totalBlocks: number;
+  /** Null as long as it is not known. */
+  readonly stepCost: StepCost | null;
 }
 
 export interface KeyShare {
@@ -34,6 +38,8 @@ export interface RunningRequest extends Schedulable {
   readonly blocks: number;
   /** Of which no other request holds: what it gives when it is preempted. */
   readonly ownBlocks: number;
+  /** Number of the last step that it had a part in. */
+  readonly lastStep: number;
 }
 
 export interface WaitingRequest extends Schedulable {
@@ -101,13 +107,18 @@ const LEAST_SLICE = 1 / 4;
 /** While a request waits for blocks other keys go on within their shares, until their counters are so many full steps ahead of its key's. */
 const PATIENCE_STEPS = 64;
 
+/** What of a step that is shared by keys is left for runs longer than one token. */
+const LEAST_LONG = 1 / 4;
+
 /** One step looks at no more keys that have to wait for blocks: with thousands of keys it would take longer than the step. */
 const MOST_BLOCKED = 16;
 
 /**
  * Chooses the work of the next engine step. Pure: the same state and limits give the same plan.
  *
- * 1. Decoding comes first, all of it: no running sequence stalls behind a prompt.
+ * 1. Decoding comes first: no running sequence stalls behind a prompt. All of it runs, unless that takes several keys' tokens longer than their shares allow:
+ *    key k of weights w(k) may expect steps of at most sum(w) / w(k) times what its own runs take. Then the keys with the fewest go first, and the
+ *    sequences of the others take turns.
  * 2. A run that is longer than what is left of the step is sliced by layers, since GLM attends over its context in both directions and a part of
  *    its tokens has no usable KV. One run at a time is under way like that; while others wait it gets half of what decoding leaves.
  * 3. Longer runs and waiting requests get the rest: the highest priority first, then the key with the lowest virtual token counter (Sheng et
@@ -136,6 +147,13 @@ interface Lane<R, W> {
   queueAt: number;
   /** Its queue has to wait for blocks; other keys may go on within their shares. */
   isBlocked: boolean;
+  /** Its share of the step is used up. */
+  isDone: boolean;
+}
+
+interface Decode<R> {
+  readonly request: R;
+  readonly extend: PendingExtend;
 }
 
 /** What a key has of the server. */
@@ -152,6 +170,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private slice: StepPlan['slice'] = null;
   private sliceRequest: Schedulable | null = null;
   private tokens = 0;
+  /** Bound of `tokens` in this step. */
+  private stepTokens: number;
   /** Like `tokens`, but with the tokens of a sliced run in full. */
   private rows = 0;
   private freeBlocks: number;
@@ -161,6 +181,9 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private readonly writers = new Map<number, number>();
   private readonly contexts = new Set<string>();
   private readonly charges = new Map<string, number>();
+  /** Tokens that each key may have in this step, where several share it; and has. */
+  private shares: Map<string, number> | null = null;
+  private readonly used = new Map<string, number>();
   private holdings: Map<string, Holding> | null = null;
   /** Of running requests; counting them takes a while. Filled with the holdings. */
   private readonly blocksOf = new Map<R, number>();
@@ -174,6 +197,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     private readonly limits: StepLimits,
   ) {
     this.freeBlocks = state.freeBlocks;
+    this.stepTokens = limits.stepTokens;
   }
 
   plan(): StepPlan<R, W> {
@@ -185,27 +209,90 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   /** @returns a request to preempt first */
   private takeDecodes(): R | null {
-    const { running, slice } = this.state;
-    const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
+    const { running, slice, queues } = this.state;
+    const decodes: Decode<R>[] = [];
     for (const request of running) {
       this.sequences += request.maxSequences;
       for (const extend of request.pending) {
         if (extend === slice?.extend) this.sliceRequest = request;
         else if (extend.runTokens > 1) this.lane(request.key).long.push({ request, extend });
-        else if (this.run.length < mostDecodes) {
-          const needed = this.neededBlocks(extend);
-          if (needed <= this.freeBlocks) this.take(request, extend, needed);
-          else {
-            const victim = this.worstBut(request);
-            if (victim) return victim;
-            // It is worth least itself: it waits, the others go on and leave their blocks in the end.
-          }
-        }
+        else decodes.push({ request, extend });
       }
     }
-    for (const queue of this.state.queues) if (queue.length > 0) this.lane(queue[0]!.key).queue = queue;
+    for (const queue of queues) if (queue.length > 0) this.lane(queue[0]!.key).queue = queue;
+    const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
+    for (const { request, extend } of this.shareOut(decodes)) {
+      if (this.run.length >= mostDecodes) break;
+      const needed = this.neededBlocks(extend);
+      if (needed <= this.freeBlocks) this.take(request, extend, needed);
+      else {
+        const victim = this.worstBut(request);
+        if (victim) return victim;
+        // It is worth least itself: it waits, the others go on and leave their blocks in the end.
+      }
+    }
     if (slice) this.continueSlice(slice, this.lanes.size > 0);
     return null;
+  }
+
+  /** Of the longer runs that a key alone would have in this step. */
+  private longTokens(key: string): number {
+    const lane = this.lanes.get(key);
+    let tokens = this.sliceRequest?.key === key ? this.state.slice!.runTokens : 0;
+    for (const { extend } of lane?.long ?? []) {
+      if (tokens >= this.limits.stepTokens) break;
+      tokens += extend.runTokens;
+    }
+    if (tokens === 0) tokens = lane?.queue[0]?.pending[0]?.runTokens ?? 0;
+    return Math.min(tokens, this.limits.stepTokens);
+  }
+
+  /** Those that run in this step; bounds the step where several keys share it. */
+  private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
+    const { running, stepCost } = this.state;
+    const first = running[0]?.key ?? [...this.lanes.keys()][0];
+    const isShared = running.some(({ key }) => key !== first) || [...this.lanes.keys()].some((key) => key !== first);
+    if (!isShared || !stepCost) return decodes;
+
+    const byKey = new Map<string, Decode<R>[]>([...this.lanes.keys()].map((key) => [key, []]));
+    for (const decode of decodes) {
+      const own = byKey.get(decode.request.key);
+      if (own) own.push(decode);
+      else byKey.set(decode.request.key, [decode]);
+    }
+    let weights = 0;
+    for (const key of byKey.keys()) weights += this.weight(key);
+    let mostMs = Infinity;
+    for (const [key, own] of byKey) {
+      mostMs = Math.min(mostMs, (weights / this.weight(key)) * stepMs(stepCost, Math.max(1, own.length + this.longTokens(key))));
+    }
+    const fair = Math.max(byKey.size, Math.floor(tokensWithin(stepCost, mostMs)));
+    if (fair >= this.stepTokens) return decodes;
+    this.stepTokens = fair;
+
+    this.shares = new Map();
+    const taken: Decode<R>[] = [];
+    const wanted = new Map([...byKey].map(([key, own]) => [key, own.length + this.longTokens(key)]));
+    const modestFirst = [...byKey].sort(([a], [b]) => wanted.get(a)! / this.weight(a) - wanted.get(b)! / this.weight(b));
+    let room = fair;
+    for (const [key, own] of modestFirst) {
+      const share = Math.min(wanted.get(key)!, Math.max(1, (room * this.weight(key)) / weights));
+      this.shares.set(key, share);
+      room -= share;
+      weights -= this.weight(key);
+
+      const isLongLeft = wanted.get(key)! > own.length;
+      const count = Math.min(own.length, Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1))));
+      if (own.length > count) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
+      for (let i = 0; i < count; i++) taken.push(own[i]!);
+    }
+    return taken;
+  }
+
+  /** What is left in this step for a key. */
+  private roomFor(key: string): number {
+    const room = this.stepTokens - this.tokens;
+    return this.shares ? Math.min(room, (this.shares.get(key) ?? 0) - (this.used.get(key) ?? 0)) : room;
   }
 
   /** @returns a request to preempt first */
@@ -220,7 +307,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
         if (needed > this.freeBlocks) {
           const victim = this.worstBut(request);
           if (victim) return victim;
-        } else if (!this.takeOrSlice(request, extend, needed)) return null;
+        } else if (!this.takeOrSlice(request, extend, needed) && this.isFull(lane)) return null;
         continue;
       }
       const request = lane.queue[lane.queueAt]!;
@@ -229,10 +316,16 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
         const victim = this.victimOf(request);
         if (victim) return victim;
         this.block(lane);
-      } else if (!this.begin(request)) return null;
-      else lane.queueAt += 1;
+      } else if (this.begin(request)) lane.queueAt += 1;
+      else if (this.isFull(lane)) return null;
       if (this.blockedLanes === MOST_BLOCKED) return null;
     }
+  }
+
+  /** Whether the step is, and not only this key's share of it. */
+  private isFull(lane: Lane<R, W>): boolean {
+    lane.isDone = true;
+    return this.shares === null;
   }
 
   private block(lane: Lane<R, W>): void {
@@ -250,6 +343,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private nextLane(): { lane: Lane<R, W>; isLong: boolean } | null {
     let best: { lane: Lane<R, W>; isLong: boolean; rank: Rank } | null = null;
     for (const lane of this.lanes.values()) {
+      if (lane.isDone) continue;
       const long = lane.long[lane.longAt]?.request;
       const waiting = lane.isBlocked || lane.queue[lane.queueAt]?.isHeldBack ? undefined : lane.queue[lane.queueAt];
       const isLong = long !== undefined && (waiting === undefined || this.compare(long, waiting) < 0);
@@ -302,6 +396,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   private count({ key }: Schedulable, tokens: number, charge: number): void {
     this.tokens += tokens;
+    this.used.set(key, (this.used.get(key) ?? 0) + tokens);
     this.charges.set(key, (this.charges.get(key) ?? 0) + charge / this.weight(key));
   }
 
@@ -310,7 +405,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (extend.computesContext !== null && this.contexts.has(extend.computesContext)) return true; // it will find the context computed
     if (this.run.length + (this.slice ? 1 : 0) >= this.limits.maxExtends) return false;
     const { runTokens } = extend;
-    const room = Math.min(this.limits.stepTokens - this.tokens, this.limits.maxBatchTokens - this.rows);
+    const room = Math.min(this.roomFor(request.key), this.limits.maxBatchTokens - this.rows);
     if (runTokens <= room) {
       this.take(request, extend, needed);
       return true;
@@ -318,22 +413,22 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (this.slice || this.rows + runTokens > this.limits.maxBatchTokens) return false;
     this.reserve(extend, needed, runTokens);
     this.sliceRequest = request;
-    this.sliceUp({ extend, runTokens, nextLayer: 0 }, Math.max(room, this.leastSlice));
+    this.sliceUp({ extend, runTokens, nextLayer: 0 }, this.shares ? Math.max(0, room) : Math.max(room, this.leastSlice));
     return true;
   }
 
   private continueSlice(slice: SliceUnderWay, othersWait: boolean): void {
-    const room = Math.max(0, this.limits.stepTokens - this.tokens);
+    const room = Math.max(0, this.roomFor(this.sliceRequest!.key));
     this.rows += slice.runTokens;
     if (slice.extend.computesContext !== null) this.contexts.add(slice.extend.computesContext);
-    this.sliceUp(slice, Math.max(othersWait ? room / 2 : room, this.leastSlice));
+    this.sliceUp(slice, this.shares ? room : Math.max(othersWait ? room / 2 : room, this.leastSlice));
   }
 
   /** Nobody else could use it. */
   private sliceWithWhatIsLeft(): void {
     const { slice } = this;
-    const { numLayers, stepTokens } = this.limits;
-    const room = stepTokens - this.tokens;
+    const { numLayers } = this.limits;
+    const room = this.stepTokens - this.tokens;
     if (!slice || slice.endLayer === numLayers || Math.floor((numLayers * room) / slice.runTokens) < 1) return;
     this.sliceUp({ ...slice, nextLayer: slice.endLayer }, room);
     this.slice = { ...this.slice!, firstLayer: slice.firstLayer };
@@ -348,7 +443,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   }
 
   private get leastSlice(): number {
-    return this.limits.stepTokens * LEAST_SLICE;
+    return this.stepTokens * LEAST_SLICE;
   }
 
   private layersFor(runTokens: number, budget: number): number {
@@ -357,7 +452,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
 
   private lane(key: string): Lane<R, W> {
     let lane = this.lanes.get(key);
-    if (!lane) this.lanes.set(key, (lane = { key, long: [], longAt: 0, queue: [], queueAt: 0, isBlocked: false }));
+    if (!lane) this.lanes.set(key, (lane = { key, long: [], longAt: 0, queue: [], queueAt: 0, isBlocked: false, isDone: false }));
     return lane;
   }
 

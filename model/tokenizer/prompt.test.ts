@@ -150,3 +150,16 @@ test('refuses text that can not fit before it is tokenised', () => {
   expect(() => encodePlain(ofText(text), 'choice 3', model)).toThrow('the text of the choice 3 has 40961 characters');
   expect(buildContext(ofText(text.slice(1)), 'fill-blanks', model).row.length).toBeGreaterThan(512);
 });
+
+test('a text whose ids are there already is not encoded again', () => {
+  const unused = () => {
+    throw new Error('encoded again');
+  };
+  const idle: PromptModel = { config, tokenizer: { ...model.tokenizer!, encode: unused, encodePrompt: unused } };
+  const text = 'a [MASK] b';
+  const ids = model.tokenizer!.encodePrompt(text);
+  for (const mode of ['fill-blanks', 'mask'] as const) {
+    expect(buildContext({ kind: 'text', text, ids }, mode, idle)).toEqual(buildContext(ofText(text), mode, model));
+  }
+  expect(encodePlain({ kind: 'text', text, ids: encode(text) }, 'choice', idle)).toEqual(encodePlain(ofText(text), 'choice', model));
+});

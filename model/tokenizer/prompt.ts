@@ -3,7 +3,14 @@ import type { ModelConfig } from '../model-config.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /** A prompt as text (tokenised here) or as token ids (taken as they are, without `<sop>`). */
-export type Prompt = { readonly kind: 'text'; readonly text: string } | { readonly kind: 'ids'; readonly ids: readonly number[] };
+export type Prompt = TextPrompt | { readonly kind: 'ids'; readonly ids: readonly number[] };
+
+export interface TextPrompt {
+  readonly kind: 'text';
+  readonly text: string;
+  /** What the text is encoded to (a prompt by `encodePrompt`, a choice by `encode`), where somebody has done that before. */
+  readonly ids?: readonly number[];
+}
 
 /**
  * How the context is built from the prompt:
@@ -48,7 +55,7 @@ export function buildContext(prompt: Prompt, mode: Mode, model: PromptModel): Co
   const ids =
     prompt.kind === 'ids'
       ? withoutFinalSop(checkIds(prompt.ids, 'prompt', model), model)
-      : checkedTokenizer(prompt.text, 'prompt', model).encodePrompt(prompt.text);
+      : (prompt.ids ?? checkedTokenizer(prompt.text, 'prompt', model).encodePrompt(prompt.text));
   // Ids that do not fit the model anyway need no text: whoever asks for a context measures it next.
   const fits = ids.length <= model.config.maxSequenceLength;
   const isEnglish = isAscii(prompt.kind === 'text' ? prompt.text : fits ? (model.tokenizer?.detokenize(ids) ?? '') : '');
@@ -58,6 +65,7 @@ export function buildContext(prompt: Prompt, mode: Mode, model: PromptModel): Co
     if (found !== undefined) {
       throw new InvalidRequestError(
         `a unidirectional prompt is continued and has no masks, this one has token ${found}: use mode fill-blanks`,
+        'mode',
       );
     }
     return { row: ids, maskToken: gmask, isMaskAppended: true, positions: 'running', bidirectional: false, isEnglish };
@@ -82,15 +90,16 @@ function withoutFinalSop(ids: readonly number[], model: PromptModel): readonly n
  * @throws InvalidRequestError, PromptTooLongError as {@link buildContext}
  */
 export function encodePlain(prompt: Prompt, what: string, model: PromptModel): readonly number[] {
-  return prompt.kind === 'ids' ? checkIds(prompt.ids, what, model) : checkedTokenizer(prompt.text, what, model).encode(prompt.text);
+  if (prompt.kind === 'ids') return checkIds(prompt.ids, what, model);
+  return prompt.ids ?? checkedTokenizer(prompt.text, what, model).encode(prompt.text);
 }
 
 /** @throws InvalidRequestError an id is no integer or not in the vocabulary, padding rows included */
-export function checkIds(ids: readonly number[], what: string, model: PromptModel): readonly number[] {
+export function checkIds(ids: readonly number[], what: string, model: PromptModel, field = what): readonly number[] {
   const { vocabSize } = model.config;
   for (const [i, id] of ids.entries()) {
     if (!Number.isInteger(id) || id < 0 || id >= vocabSize) {
-      throw new InvalidRequestError(`${what} id ${i} is ${id}, ids of this model are integers from 0 to ${vocabSize - 1}`);
+      throw new InvalidRequestError(`${what} id ${i} is ${id}, ids of this model are integers from 0 to ${vocabSize - 1}`, field);
     }
   }
   return ids;
@@ -99,9 +108,12 @@ export function checkIds(ids: readonly number[], what: string, model: PromptMode
 /** No token stands for more text than the longest run of blanks does. */
 const MAX_CHARACTERS_PER_TOKEN = 80;
 
-/** The tokenizer, for a text that can fit the model: what can not is refused before time goes into its tokens. */
-function checkedTokenizer(text: string, what: string, model: PromptModel): Tokenizer {
-  if (model.tokenizer === null) throw new InvalidRequestError('this model has no tokenizer: send token ids');
+/**
+ * The tokenizer, for a text that can fit the model: what can not is refused before time goes into its tokens.
+ * @throws InvalidRequestError, PromptTooLongError as {@link buildContext}
+ */
+export function checkedTokenizer(text: string, what: string, model: PromptModel): Tokenizer {
+  if (model.tokenizer === null) throw new InvalidRequestError('this model has no tokenizer: send token ids', what);
   const { maxSequenceLength } = model.config;
   if (text.length > maxSequenceLength * MAX_CHARACTERS_PER_TOKEN) {
     throw new PromptTooLongError(

@@ -12,6 +12,9 @@
 #include "core/error.h"
 #include "kernels/philox.h"
 
+#define TANDEM_VECTOR_FILE "kernels/sampling_vector.inc"
+#include "kernels/vector/each_isa.inc"
+
 namespace tandem {
 
 namespace {
@@ -164,7 +167,15 @@ void Distribution(const float* logits, int64_t vocab, const SamplingParams& para
   for (int64_t v = 0; v < vocab; ++v) probs[v] = static_cast<float>(probs[v] / sum);
 }
 
-uint32_t SampleToken(const float* logits, int64_t vocab, const SamplingParams& params, const NoiseKey& key) {
+uint32_t SampleToken(Isa isa, const float* logits, int64_t vocab, const SamplingParams& params, const NoiseKey& key) {
+  const bool is_plain = params.banned_tokens.empty() && params.bias_tokens.empty() && params.repetition_penalty == 1.0f;
+  if (params.temperature == 0.0f && is_plain && vocab > 0) {
+    CheckSamplingParams(params, vocab, "params");
+    float max = 0.0f, probe = 0.0f;
+    TANDEM_SELECT(isa, ScanRow)(logits, vocab, &max, &probe);
+    if (std::isnan(probe)) CheckLogits(logits, vocab);
+    return static_cast<uint32_t>(std::find(logits, logits + vocab, max) - logits);
+  }
   std::vector<float> probs(static_cast<size_t>(std::max<int64_t>(vocab, 0)));
   Distribution(logits, vocab, params, probs.data());
   const double total = std::accumulate(probs.begin(), probs.end(), 0.0);
@@ -184,6 +195,19 @@ double LogSumExp(const float* logits, int64_t vocab) {
   double sum = 0.0;
   for (int64_t v = 0; v < vocab; ++v) sum += std::exp(logits[v] - max);
   return max + std::log(sum);
+}
+
+double LogSumExp(Isa isa, const float* logits, int64_t vocab) {
+  float max = 0.0f, probe = 0.0f;
+  TANDEM_SELECT(isa, ScanRow)(logits, vocab, &max, &probe);
+  if (std::isnan(probe)) return LogSumExp(logits, vocab);
+  return max + std::log(TANDEM_SELECT(isa, SumExp)(logits, vocab, max));
+}
+
+bool HasNaN(Isa isa, const float* logits, int64_t vocab) {
+  float max = 0.0f, probe = 0.0f;
+  TANDEM_SELECT(isa, ScanRow)(logits, vocab, &max, &probe);
+  return std::isnan(probe) && std::any_of(logits, logits + vocab, [](float logit) { return std::isnan(logit); });
 }
 
 Candidates TopCandidates(const float* logits, int64_t vocab, const std::vector<uint32_t>& banned, int64_t count, const NoiseKey* key) {

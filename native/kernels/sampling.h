@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "core/cpu_features.h"
+
 namespace tandem {
 
 constexpr float kBannedLogit = -65504.0f;
@@ -41,10 +43,13 @@ void CheckSamplingParams(const SamplingParams& params, int64_t vocab, const std:
 void Distribution(const float* logits, int64_t vocab, const SamplingParams& params, float* probs);
 
 // One draw by inverting the cumulative sum in the order of token ids. Greedy at temperature 0. Throws kInvalidArgument; kInternal if a logit is NaN.
-uint32_t SampleToken(const float* logits, int64_t vocab, const SamplingParams& params, const NoiseKey& key);
+uint32_t SampleToken(Isa isa, const float* logits, int64_t vocab, const SamplingParams& params, const NoiseKey& key);
 
-// log(sum(exp(logits))) with double sums.
+// log(sum(exp(logits))) in double: the definition. And with float32 exponentials, 1e-6 from it at most.
 double LogSumExp(const float* logits, int64_t vocab);
+double LogSumExp(Isa isa, const float* logits, int64_t vocab);
+
+bool HasNaN(Isa isa, const float* logits, int64_t vocab);
 
 // The `count` tokens with the largest log-softmax(logits with banned set to kBannedLogit), or, where key is given, with the largest log-softmax + Gumbel
 // noise: draws without replacement from softmax. Best first; among equals the lower id. keys[i] is what they are ordered by.

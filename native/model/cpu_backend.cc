@@ -162,7 +162,7 @@ void CpuBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<
     for (int64_t i = begin; i < end; ++i) {
       const LogitsRow& row = rows[static_cast<size_t>(i)];
       try {
-        EvaluateRow(logits + row.row * shape_.vocab_size, shape_.vocab_size, extends[row.extend].want, row.index, results[row.extend]);
+        EvaluateRow(isa_, logits + row.row * shape_.vocab_size, shape_.vocab_size, extends[row.extend].want, row.index, results[row.extend]);
       } catch (const std::exception& error) {
         errors[static_cast<size_t>(i)] = error.what();
       }

@@ -14,6 +14,6 @@ ExtendResult EmptyResult(const Want& want, int64_t vocab);
 // ErrorResult stays one.
 //   logits: [vocab]
 // Throws kInternal if a logit is NaN.
-void EvaluateRow(const float* logits, int64_t vocab, const Want& want, int64_t index, ExtendResult& result);
+void EvaluateRow(Isa isa, const float* logits, int64_t vocab, const Want& want, int64_t index, ExtendResult& result);
 
 }  // namespace tandem

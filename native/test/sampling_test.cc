@@ -183,7 +183,7 @@ TEST(distribution_never_gives_a_banned_token_a_chance) {
 
 TEST(logit_changes_are_biases_then_the_repetition_penalty) {
   const auto greedy = [](const std::vector<float>& logits, const SamplingParams& params) {
-    return SampleToken(logits.data(), static_cast<int64_t>(logits.size()), params, NoiseKey{});
+    return SampleToken(BestIsa(), logits.data(), static_cast<int64_t>(logits.size()), params, NoiseKey{});
   };
   // Log-probabilities show the changed logits, up to a constant; token 0 is not changed.
   const auto changed = [](const std::vector<float>& logits, const SamplingParams& params, uint32_t token) {
@@ -242,7 +242,7 @@ TEST(distribution_may_overwrite_the_logits) {
 
 TEST(sampling_refuses_bad_parameters_and_logits) {
   std::vector<float> logits = {1.0f, 2.0f, 3.0f};
-  const auto run = [&](const SamplingParams& params) { SampleToken(logits.data(), 3, params, NoiseKey{}); };
+  const auto run = [&](const SamplingParams& params) { SampleToken(BestIsa(), logits.data(), 3, params, NoiseKey{}); };
   const float nan = std::numeric_limits<float>::quiet_NaN();
   CHECK_THROWS(run({-1.0f, 0, 0.0f, {}}), ErrorCode::kInvalidArgument);
   CHECK_THROWS(run({nan, 0, 0.0f, {}}), ErrorCode::kInvalidArgument);
@@ -277,18 +277,18 @@ TEST(sample_token_draws_from_the_distribution) {
   const std::vector<float> probs = Probs(logits, params);
   const int count = 40000;
   std::vector<int> drawn(6, 0);
-  for (int i = 0; i < count; ++i) ++drawn[SampleToken(logits.data(), 6, params, NoiseKey{9, 1, static_cast<uint32_t>(i)})];
+  for (int i = 0; i < count; ++i) ++drawn[SampleToken(BestIsa(), logits.data(), 6, params, NoiseKey{9, 1, static_cast<uint32_t>(i)})];
   for (size_t v = 0; v < 6; ++v) {
     const double p = probs[v];
     CHECK_NEAR("share of token " + std::to_string(v), drawn[v] / static_cast<double>(count), p, 5 * std::sqrt(p * (1 - p) / count));
   }
-  CHECK_EQ(SampleToken(logits.data(), 6, params, NoiseKey{9, 1, 5}), SampleToken(logits.data(), 6, params, NoiseKey{9, 1, 5}));
+  CHECK_EQ(SampleToken(BestIsa(), logits.data(), 6, params, NoiseKey{9, 1, 5}), SampleToken(BestIsa(), logits.data(), 6, params, NoiseKey{9, 1, 5}));
 }
 
 TEST(greedy_takes_the_lowest_id_among_equals) {
   const std::vector<float> logits = {1.0f, 5.0f, 5.0f, 7.0f};
-  CHECK_EQ(SampleToken(logits.data(), 4, {0.0f, 0, 0.0f, {}}, NoiseKey{}), 3u);
-  CHECK_EQ(SampleToken(logits.data(), 4, {0.0f, 0, 0.0f, {3}}, NoiseKey{}), 1u);
+  CHECK_EQ(SampleToken(BestIsa(), logits.data(), 4, {0.0f, 0, 0.0f, {}}, NoiseKey{}), 3u);
+  CHECK_EQ(SampleToken(BestIsa(), logits.data(), 4, {0.0f, 0, 0.0f, {3}}, NoiseKey{}), 1u);
 }
 
 TEST(log_sum_exp_is_stable) {
@@ -298,6 +298,25 @@ TEST(log_sum_exp_is_stable) {
   double sum = 0.0;
   for (const float logit : small) sum += std::exp(static_cast<double>(logit));
   CHECK_NEAR("small", LogSumExp(small.data(), 1000), std::log(sum), 1e-12);
+}
+
+TEST(log_sum_exp_of_each_instruction_set_agrees_with_its_definition) {
+  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+    if (!IsaSupported(isa)) continue;
+    for (int64_t count = 1; count <= 70; ++count) {
+      std::vector<float> logits = RandomFloats(count + 1, static_cast<uint32_t>(count));
+      for (float& logit : logits) logit *= 20.0f;
+      const float* unaligned = logits.data() + 1;
+      CHECK_NEAR("log sum", LogSumExp(isa, unaligned, count), LogSumExp(unaligned, count), 1e-6);
+      CHECK_EQ(static_cast<int64_t>(SampleToken(isa, unaligned, count, {0.0f, 0, 0.0f, {}}, NoiseKey{})), std::max_element(unaligned, unaligned + count) - unaligned);
+      CHECK(!HasNaN(isa, unaligned, count));
+      logits[static_cast<size_t>(1 + count / 2)] = -std::numeric_limits<float>::infinity();
+      CHECK(!HasNaN(isa, unaligned, count));
+      if (count > 1) CHECK_NEAR("with a token that is impossible", LogSumExp(isa, unaligned, count), LogSumExp(unaligned, count), 1e-6);
+      logits[static_cast<size_t>(1 + count / 2)] = std::numeric_limits<float>::quiet_NaN();
+      CHECK(HasNaN(isa, unaligned, count));
+    }
+  }
 }
 
 TEST(top_candidates_are_the_largest_in_order) {

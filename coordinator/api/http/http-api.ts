@@ -33,6 +33,8 @@ export interface HttpTimeouts {
   readonly headersMs: number;
   /** The same to the last byte of the body. */
   readonly requestMs: number;
+  /** How long a client may read nothing of an answer that has ended; what has not ended is bounded by `maxBufferedBytes`. */
+  readonly readMs: number;
   /** How long a connection may stay open without a request. */
   readonly keepAliveMs: number;
   /** How often the first two are checked. */

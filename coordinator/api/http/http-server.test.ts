@@ -1,9 +1,11 @@
 import { once } from 'node:events';
-import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
 import { request as httpRequest } from 'node:http';
 import { connect, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { connect as tlsConnect } from 'node:tls';
 import { afterEach, describe, expect, test, vi } from 'vitest';
 import {
   EngineError,
@@ -79,7 +81,8 @@ describe('the gate', () => {
     expect(count).toBe(known.length); // the router has all of the table, and nothing else
     for (const { method, url } of routes) expect(http.app.hasRoute({ method, url })).toBe(true);
 
-    for (const { method, url, access } of routes) {
+    const heads = routes.filter(({ method }) => method === 'GET').map((route) => ({ ...route, method: 'HEAD' as const }));
+    for (const { method, url, access } of [...routes, ...heads.filter(({ url }) => url !== '/status/stream')]) {
       const path = url.replace(/:\w+/, 'x');
       for (const authorization of [undefined, 'Bearer wrong', 'Basic aW5mZXI6aW5mZXI=', '']) {
         const headers = authorization === undefined ? {} : { authorization };
@@ -88,7 +91,8 @@ describe('the gate', () => {
         else {
           expect(response.statusCode, `${method} ${url}`).toBe(401);
           expect(response.headers['www-authenticate']).toMatch(/^Bearer/);
-          expect(response.json()).toMatchObject({ error: { code: 'invalid_api_key', type: 'authentication_error' } });
+          if (method !== 'HEAD')
+            expect(response.json()).toMatchObject({ error: { code: 'invalid_api_key', type: 'authentication_error' } });
         }
       }
       if (access !== 'public') {
@@ -320,9 +324,32 @@ function holdSteps(): { hold(): void; release(): void } {
   };
 }
 
+async function tick(ms: number): Promise<string> {
+  await new Promise((resolve) => setTimeout(resolve, ms));
+  return 'waits';
+}
+
 function connections(): Promise<number> {
   return new Promise((resolve) => http.app.server.getConnections((_error, count) => resolve(count)));
 }
+
+describe('closing', () => {
+  test('waits for the answers under way, and not for connections that ask nothing', async () => {
+    const steps = holdSteps();
+    steps.hold();
+    http = await startFakeHttp();
+    const address = await http.listen();
+    const silent = open(address);
+    const body = JSON.stringify(completion);
+    const busy = exchange(address, head('/v1/completions', body.length) + body);
+    await expect.poll(() => http.loop.snapshot().running).toBe(1);
+    const closed = http.app.close();
+    expect(await Promise.race([closed.then(() => 'closed'), once(silent, 'close').then(() => 'dropped'), tick(50)])).toBe('waits');
+    steps.release();
+    expect(await busy).toMatch(/^HTTP\/1.1 200 [^]*text_completion/);
+    await closed;
+  });
+});
 
 describe('a client that goes', () => {
   const long = JSON.stringify({ model: 'tiny', prompt: 'Hello', max_tokens: 400, ignore_eos: true });
@@ -390,6 +417,64 @@ describe('a client that goes', () => {
     await once(socket, 'close');
   });
 });
+
+describe('time limits of a connection', () => {
+  test('do not hold for the time that an answer takes', async () => {
+    const steps = holdSteps();
+    steps.hold();
+    http = await startFakeHttp({ timeouts: { headersMs: 50, requestMs: 50, readMs: 50, keepAliveMs: 50, checkMs: 10 } });
+    const body = JSON.stringify(completion);
+    const answer = exchange(await http.listen(), head('/v1/completions', body.length, 'connection: close\r\n') + body);
+    await tick(300);
+    steps.release();
+    expect(await answer).toMatch(/^HTTP\/1.1 200 [^]*text_completion/);
+  });
+
+  test.each([true, false])('hold for a client that does not read an answer (a stream: %s)', async (stream) => {
+    http = await startFakeHttp({ timeouts: { readMs: 200 }, limits: { maxBufferedBytes: 1024 ** 3 } });
+    const path = join(mkdtempSync(join(tmpdir(), 'tandem-http-')), 'api.sock');
+    const socket = open(await http.listen(`unix:${path}`));
+    const body = JSON.stringify({ model: 'tiny', prompt: 'Hello', max_tokens: 400, n: 32, ignore_eos: true, logprobs: 1, stream });
+    socket.pause();
+    socket.write(head('/v1/completions', body.length) + body);
+    await expect.poll(() => http.loop.snapshot().finished, { timeout: 60_000 }).toBe(1);
+    await expect.poll(connections, { timeout: 10_000 }).toBe(0);
+    socket.destroy();
+  });
+});
+
+describe('TLS', () => {
+  const hasOpenssl = spawnSync('openssl', ['version']).status === 0;
+
+  test.skipIf(!hasOpenssl)('serves, and takes new certificates while it does (skipped without openssl)', async () => {
+    const dir = mkdtempSync(join(tmpdir(), 'tandem-http-'));
+    const [first, second] = [certificate(dir, 'first'), certificate(dir, 'second')];
+    http = await startFakeHttp({ tls: first });
+    const [host, port] = (await http.listen()).split(':');
+    const nameOfServer = (): Promise<string> =>
+      new Promise((resolve, reject) => {
+        const socket = tlsConnect({ host, port: Number(port), rejectUnauthorized: false }, () => {
+          socket.write('GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n');
+        });
+        let answer = '';
+        socket.once('secureConnect', () => (answer = `${String(socket.getPeerCertificate().subject.CN)} `));
+        socket.on('data', (data) => (answer += String(data)));
+        socket.once('end', () => resolve(answer.split('\r\n')[0]!));
+        socket.once('error', reject);
+      });
+    expect(await nameOfServer()).toBe('first HTTP/1.1 200 OK');
+    http.app.setTls(second);
+    expect(await nameOfServer()).toBe('second HTTP/1.1 200 OK');
+  });
+});
+
+function certificate(dir: string, name: string): { key: Buffer; cert: Buffer } {
+  const [key, cert] = [join(dir, `${name}.key`), join(dir, `${name}.pem`)];
+  const args = ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '2', '-subj', `/CN=${name}`];
+  const { status, stderr } = spawnSync('openssl', [...args, '-keyout', key, '-out', cert]);
+  if (status !== 0) throw new Error(String(stderr));
+  return { key: readFileSync(key), cert: readFileSync(cert) };
+}
 
 describe('pages of other servers', () => {
   test.each([

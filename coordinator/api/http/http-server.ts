@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import { createServer, type IncomingMessage, type RequestListener, type Server } from 'node:http';
+import { createServer, type IncomingMessage, type RequestListener, type Server, type ServerResponse } from 'node:http';
 import { createServer as createTlsServer, type Server as TlsServer } from 'node:https';
 import { type FastifyInstance, type FastifyReply, fastify } from 'fastify';
 import { InvalidRequestError, NotFoundError } from '../../../common/errors.js';
@@ -7,6 +7,7 @@ import type { Tokenizer } from '../../../model/tokenizer/tokenizer.js';
 import { LOCAL_CALLER } from '../../access/caller.js';
 import type { ServingService } from '../service.js';
 import { checkOrigin } from './check-origin.js';
+import { closeWhenQuiet } from './close-when-quiet.js';
 import { addCompletionRoute } from './completions.js';
 import { addDashboardRoute } from './dashboard.js';
 import { addFasterTransformerRoute } from './faster-transformer.js';
@@ -20,7 +21,7 @@ import { accessOf } from './route-access.js';
 import { addStatusRoutes } from './status-routes.js';
 import { addTokenizerRoutes } from './tokenizer-routes.js';
 
-const TIMEOUTS: HttpTimeouts = { headersMs: 10_000, requestMs: 60_000, keepAliveMs: 65_000, checkMs: 2_000 };
+const TIMEOUTS: HttpTimeouts = { headersMs: 10_000, requestMs: 60_000, readMs: 60_000, keepAliveMs: 65_000, checkMs: 2_000 };
 const MAX_ID_LENGTH = 128;
 
 /**
@@ -32,10 +33,17 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
   const { limits } = service;
   const hosts = api.hosts === undefined ? [] : api.hosts;
   const servers: (Server | TlsServer)[] = []; // `localhost` can be two
+  const closings: (() => void)[] = [];
+  const timeouts = { ...TIMEOUTS, ...api.timeouts };
   const app: FastifyInstance = fastify({
     serverFactory: (handler) => {
-      const server = createNodeServer(api, handler);
+      const server = createNodeServer(api, timeouts, handler);
       servers.push(server);
+      closings.push(closeWhenQuiet(server));
+      server.on('request', (_request, response: ServerResponse) => {
+        // Node takes the time limit off again when the answer is read.
+        response.once('prefinish', () => response.setTimeout(timeouts.readMs, () => response.destroy()));
+      });
       return server;
     },
     bodyLimit: limits.maxMessageBytes,
@@ -50,6 +58,7 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
   app.decorate('setTls', (tls) => {
     for (const server of servers) if ('setSecureContext' in server) server.setSecureContext(tls);
   });
+  app.addHook('preClose', async () => closings.forEach((close) => close()));
   app.decorateRequest('caller');
   app.decorateRequest('isSubmitted', false);
 
@@ -95,8 +104,8 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
   return app;
 }
 
-function createNodeServer({ service, tls, timeouts }: HttpApi, handler: RequestListener): Server | TlsServer {
-  const { headersMs, requestMs, keepAliveMs, checkMs } = { ...TIMEOUTS, ...timeouts };
+function createNodeServer({ service, tls }: HttpApi, timeouts: HttpTimeouts, handler: RequestListener): Server | TlsServer {
+  const { headersMs, requestMs, keepAliveMs, checkMs } = timeouts;
   const options = {
     maxHeaderSize: service.limits.maxHeaderBytes,
     headersTimeout: headersMs,

@@ -37,10 +37,7 @@ export function addStatusRoutes(app: FastifyInstance, { service, status, metrics
     const timer = setInterval(() => {
       if (!events.isBehind) events.send(status()); // a slow reader misses some, and gets the newest
     }, interval_ms);
-    const stop = (): void => {
-      reply.raw.end();
-      reply.raw.socket?.end();
-    };
+    const stop = (): void => void reply.raw.end();
     stops.add(stop);
     reply.raw.once('close', () => {
       clearInterval(timer);
