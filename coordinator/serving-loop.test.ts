@@ -2,15 +2,14 @@ import fc from 'fast-check';
 import { afterEach, expect, test } from 'vitest';
 import { CancelledError, EngineError, InvalidRequestError, NotReadyError, WorkerLostError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
-import type { Sequences, Strategy } from './generation/strategy.js';
+import { BLOCK_SIZE, fakeJob as job, type Shape } from './fake-job.js';
 import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
 import { FakeEngine } from './group/fake-engine.js';
-import type { Job, Ticket } from './job.js';
+import type { Ticket } from './job.js';
 import { ServingLoop } from './serving-loop.js';
 
 const log = createLogger('test', 'silent');
-const BLOCK_SIZE = 4;
 const limits = {
   ...DEFAULT_LIMITS,
   stepTokens: 24,
@@ -30,64 +29,6 @@ function start(options: { kvBlocks?: number; lostSteps?: ReadonlySet<number> } =
   const loop = new ServingLoop(engine, limits, log);
   open.push(loop);
   return { loop, engine };
-}
-
-let nextRequest = 1;
-
-interface Shape {
-  readonly prompt: number;
-  readonly newTokens: number;
-  readonly samples: number;
-}
-
-/** Prefill, then `samples` forks that decode `newTokens` each; the seed makes requests of equal shape different. */
-function job({ prompt, newTokens, samples }: Shape, seed: number): Job<number[][]> {
-  function* strategy(sequences: Sequences): Strategy<number[][]> {
-    const context = sequences.create();
-    const tokens = Array.from({ length: prompt }, (_, i) => (seed * 31 + i * 7) % 997);
-    yield [{ sequence: context, tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: prompt, want: { kind: 'none' } }];
-    const rows = Array.from({ length: samples }, () => ({ sequence: sequences.fork(context), tokens: [seed % 997] }));
-    sequences.release(context);
-    for (let i = 0; i < newTokens; i++) {
-      const results = yield rows.map(({ sequence, tokens: own }, stream) => ({
-        sequence,
-        tokens: [own.at(-1)!],
-        positions: [prompt + i],
-        bidirectionalTokens: 0,
-        want: {
-          kind: 'sample' as const,
-          params: {
-            temperature: 1,
-            topK: 0,
-            topP: 0,
-            bannedTokens: [],
-            biasTokens: [],
-            biases: [],
-            repetitionPenalty: 1,
-            repeatedTokens: [],
-          },
-          noise: { seed: BigInt(seed), stream, position: i },
-          topLogprobs: 0,
-        },
-      }));
-      results.forEach((result, stream) => {
-        if (result.kind !== 'sample') throw new Error(`got ${result.kind}`);
-        rows[stream]!.tokens.push(result.token);
-      });
-    }
-    return rows.map(({ tokens: own }) => own);
-  }
-  const perSample = Math.ceil((prompt + newTokens) / BLOCK_SIZE) + 1;
-  return {
-    requestId: `request-${nextRequest++}`,
-    caller: { name: '', weight: 1, maxStreams: null, maxTokensPerMinute: null },
-    priority: 0,
-    timeoutMs: null,
-    promptTokens: prompt,
-    maxBlocks: Math.ceil(prompt / BLOCK_SIZE) + samples * perSample,
-    maxSequences: samples + 1,
-    start: strategy,
-  };
 }
 
 async function alone(shape: Shape, seed: number): Promise<number[][]> {

@@ -323,11 +323,6 @@ export class ServingLoop {
         if (plan.run.length > 0 || plan.slice) continue; // what was chosen failed
         const [stuck] = this.running;
         if (!stuck) return null;
-        const other = this.suspect && this.running.findLast((request) => request !== this.suspect);
-        if (other) {
-          this.preempt(other); // the suspect runs alone, and needs blocks that others hold
-          continue;
-        }
         this.fail(stuck, new Error(`it needs more KV blocks than the ${stuck.job.maxBlocks} that were foreseen`));
         continue;
       }
@@ -335,13 +330,8 @@ export class ServingLoop {
     }
   }
 
-  /** Perhaps the one whose steps end epochs. */
-  private get suspect(): ActiveRequest | undefined {
-    return this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
-  }
-
   private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
-    const { suspect } = this;
+    const suspect = this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
     const queues: ActiveRequest[][] = [];
     if (!suspect && this.queuedRequests > 0) for (const { queue } of this.keys.values()) if (queue.length > 0) queues.push(queue);
     return schedule(
@@ -397,9 +387,15 @@ export class ServingLoop {
     let slice: PlannedStep['slice'] = null;
     if (plan.slice) {
       const extend = plan.slice.extend as PendingRun;
-      const isLonger = extend.runTokens > plan.slice.runTokens; // as above
-      const run = this.slice?.extend === extend ? this.slice.run : isLonger ? null : prepareOne(extend);
-      if (run) slice = { ...plan.slice, extend, run, nextLayer: plan.slice.endLayer };
+      if (this.slice?.extend === extend) slice = { ...plan.slice, extend, run: this.slice.run, nextLayer: plan.slice.endLayer };
+      else if (extend.runTokens <= plan.slice.runTokens) {
+        // Less than planned where a preempted request found its context still computed.
+        const { numLayers, stepTokens } = this.stepLimits;
+        const run = prepareOne(extend);
+        const runTokens = run ? runLength(run) : 0;
+        const endLayer = tokens + runTokens <= stepTokens ? numLayers : plan.slice.endLayer;
+        if (run) slice = { extend, run, runTokens, firstLayer: 0, endLayer, nextLayer: endLayer };
+      }
     }
     if (whole.length === 0 && !slice) return null;
     this.carriedCopies = [];
@@ -755,12 +751,8 @@ export class ServingLoop {
     for (const request of this.ending.splice(0)) if (request.state !== 'ended') this.fail(request, request.ending);
   }
 
-  /** It is not known how far the step came: nothing that it was to copy counts as done, no context of its requests is kept. */
   private failStep(step: PlannedStep, error: unknown): void {
     this.slice = null;
-    this.contexts.clear();
-    for (let i = 1; i < step.blockCopies.length; i += 2) this.blocks.markLost(step.blockCopies[i]!);
-    for (const request of this.running) for (const sequence of request.sequences.values()) loseCache(sequence, this.blocks);
     for (const request of new Set(requestsOf(step))) if (request.state !== 'ended') this.fail(request, error);
   }
 

@@ -106,7 +106,13 @@ const sampleStep: EngineStep = {
     },
   ],
 };
-const sampleResult: StepExtendResult = { kind: 'sample', token: 7, logprob: -1, topTokens: [7], topLogprobs: [-1] };
+const sampleResult: Extract<StepExtendResult, { kind: 'sample' }> = {
+  kind: 'sample',
+  token: 7,
+  logprob: -1,
+  topTokens: [7],
+  topLogprobs: [-1],
+};
 const answer = (stepId: number, results: StepExtendResult[]) => ({
   result: { stepId, body: encodeResultBody(results), evaluateMicros: 0, computeMicros: 5, collectiveMicros: 1, error: '' },
 });
@@ -160,7 +166,7 @@ describe('a worker is refused', () => {
 });
 
 describe('an answer that was not asked for ends the epoch', () => {
-  test.each([
+  test.each<{ name: string; results: StepExtendResult[] }>([
     { name: 'too many', results: [sampleResult, sampleResult] },
     { name: 'none', results: [] },
     { name: 'another kind', results: [{ kind: 'targets', logprobs: [1] }] },

@@ -140,10 +140,6 @@ export class BlockManager {
     return this.filled[block] === 1;
   }
 
-  markLost(block: number): void {
-    this.filled[block] = 0;
-  }
-
   /** The workers' caches are gone; who holds which block stays as it is. */
   loseContents(): void {
     this.filled.fill(0);
