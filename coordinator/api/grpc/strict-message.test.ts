@@ -65,3 +65,20 @@ test.each([
 ])('$hex is not UTF-8 in $field', ({ hex, field }) => {
   expect(strict(Buffer.from(hex, 'hex'))).toMatchObject({ field, message: `${field} is not valid UTF-8` });
 });
+
+test('texts with replacement characters that the sender wrote are found wherever they stand', () => {
+  const field = (number: number, value: string): Buffer => {
+    const bytes = Buffer.from(value);
+    return Buffer.concat([Buffer.from([number * 8 + 2, bytes.length]), bytes]);
+  };
+  const stop = 15;
+  const message = strict(Buffer.concat([field(stop, '\ufffd1'), field(stop, '\ufffd0'), field(stop, '\ufffd1'), field(1, '\ufffd0')]));
+  expect(message).toMatchObject({ text: '\ufffd0', stop: ['\ufffd1', '\ufffd0', '\ufffd1'] });
+  const wrong = Buffer.from('7a0261ff', 'hex');
+  expect(strict(Buffer.concat([field(1, '\ufffd'), field(stop, '\ufffd'), wrong]))).toMatchObject({ field: 'stop[1]' });
+});
+
+test('a message of very many texts takes time by its length, not by the square of it', () => {
+  const stop = Array.from({ length: 200_000 }, (_, i) => `\ufffd${i}`); // by the square: minutes
+  expect((strict(encode({ stop })) as { stop: string[] }).stop).toEqual(stop);
+});
