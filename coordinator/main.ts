@@ -189,7 +189,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
           log,
           ...(tls ? { tls: tls.serverOptions() } : {}),
           hosts: gate || tls?.requiresClientCertificate ? null : [],
-          rejected: (reason) => observer.rejected(reason),
+          onRefused: (error) => service.refused(error),
         });
   tls?.onReload((files) => httpServer?.setTls(files));
 

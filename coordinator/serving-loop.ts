@@ -114,7 +114,6 @@ export class ServingLoop {
     failed: 0,
     cancelled: 0,
     expired: 0,
-    rejected: 0,
     preemptions: 0,
     steps: 0,
     stepSeconds: 0,
@@ -171,7 +170,6 @@ export class ServingLoop {
       request.strategy = strategy;
       first = strategy.next();
     } catch (error) {
-      this.totals.rejected += 1;
       this.forgetIfIdle(key);
       throw error;
     }

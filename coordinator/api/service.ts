@@ -55,6 +55,7 @@ export interface ServiceOptions {
 const REJECT_REASONS: Readonly<Partial<Record<ErrorCode, RejectReason>>> = {
   INVALID_REQUEST: 'invalid',
   PROMPT_TOO_LONG: 'invalid',
+  NOT_FOUND: 'invalid',
   TOO_LARGE: 'too_large',
   UNAUTHENTICATED: 'unauthenticated',
   FORBIDDEN: 'forbidden',
@@ -187,6 +188,7 @@ export class ServingService {
   /** For the metrics: a call was refused with this error. Counts once, whoever sees it first. */
   refused(error: unknown): void {
     if (!(error instanceof TandemError) || this.refusals.has(error)) return;
+    if (error instanceof CancelledError || error instanceof EngineError) return; // nobody refused
     this.refusals.add(error);
     (this.options.observer ?? NO_OBSERVER).rejected(REJECT_REASONS[error.code] ?? 'other');
   }
@@ -223,7 +225,7 @@ export class ServingService {
     try {
       return await work();
     } catch (error) {
-      if (!(error instanceof CancelledError || error instanceof EngineError)) this.refused(error);
+      this.refused(error);
       throw error;
     }
   }

@@ -8,7 +8,6 @@ export interface LoopSnapshot {
   readonly failed: number;
   readonly cancelled: number;
   readonly expired: number;
-  readonly rejected: number;
   readonly preemptions: number;
   readonly steps: number;
   readonly promptTokens: number;
@@ -57,7 +56,6 @@ export const EMPTY_LOOP: LoopSnapshot = {
   failed: 0,
   cancelled: 0,
   expired: 0,
-  rejected: 0,
   preemptions: 0,
   steps: 0,
   promptTokens: 0,

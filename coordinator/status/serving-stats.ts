@@ -19,6 +19,8 @@ export interface ServingStatsSnapshot {
   readonly step: Readonly<Record<StepPart | 'total' | 'batchTokens' | 'batchExtends', number>>;
   /** Of all steps, by rank. */
   readonly ranks: readonly RankSeconds[];
+  /** Requests that were refused, whoever refused them. */
+  readonly rejected: number;
 }
 
 export interface RankSeconds {
@@ -50,6 +52,7 @@ export class ServingStats implements LoopObserver {
   private readonly queueMs = new LatencyWindow();
   private readonly counted: RateWindow<(typeof COUNTED)[number]>;
   private readonly ranks: { computeSeconds: number; collectiveSeconds: number }[] = [];
+  private rejections = 0;
 
   /** @param now a monotonic clock, milliseconds */
   constructor(private readonly now: () => number = () => performance.now()) {
@@ -82,7 +85,10 @@ export class ServingStats implements LoopObserver {
     this.queueMs.add(timings.queueMs, nowMs);
   }
 
-  rejected(): void {}
+  rejected(): void {
+    this.rejections += 1;
+  }
+
   preempted(): void {}
 
   snapshot(): ServingStatsSnapshot {
@@ -110,6 +116,7 @@ export class ServingStats implements LoopObserver {
         batchExtends: mean(sums.extends),
       },
       ranks: this.ranks.map((rank) => ({ ...rank })),
+      rejected: this.rejections,
     };
   }
 }

@@ -28,6 +28,13 @@ test('while the model loads there is a status, all zeros', () => {
   });
 });
 
+test('refusals are counted, whoever refuses', () => {
+  const stats = new ServingStats(() => 0);
+  stats.rejected();
+  stats.rejected();
+  expect(statusSnapshot(statusSources({ stats: stats.snapshot() })).requests).toMatchObject({ rejected: 2 });
+});
+
 test('rates, percentiles, the split of a step and the time of the ranks come from what the loop reported', () => {
   let nowMs = 0;
   const stats = new ServingStats(() => nowMs);

@@ -84,7 +84,7 @@ export function statusSnapshot(sources: StatusSources, unixSeconds: number = Dat
       failed: loop.failed,
       cancelled: loop.cancelled,
       expired: loop.expired,
-      rejected: loop.rejected,
+      rejected: stats.rejected,
       preemptions: loop.preemptions,
     },
     totals: {

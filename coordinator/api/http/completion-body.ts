@@ -72,7 +72,8 @@ const logitBias = z.custom<Readonly<Record<string, number>>>(
   (value) =>
     typeof value === 'object' &&
     value !== null &&
-    Object.entries(value).every(([token, bias]) => /^\d{1,10}$/.test(token) && isTokenId(Number(token)) && isNumber(bias)),
+    !Array.isArray(value) &&
+    Object.entries(value).every(([token, bias]) => /^(?:0|[1-9]\d{0,9})$/.test(token) && isTokenId(Number(token)) && isNumber(bias)),
   'expected an object of numbers, whose keys are token ids',
 );
 const uint32 = z.int().min(0).max(MAX_UINT32);
@@ -254,8 +255,16 @@ export const EMPTY_REQUEST: GenerateRequest__Output = {
   frequencyPenalty: 0,
 };
 
-/** The validator's error in the words of an HTTP body. */
-export function inFieldsOf(names: Readonly<Record<string, string>>, error: unknown): unknown {
+/** Does what may be refused, in the words of an HTTP body. @param names of its fields, by the validator's */
+export function inNames<R>(names: Readonly<Record<string, string>>, work: () => R): R {
+  try {
+    return work();
+  } catch (error) {
+    throw inFieldsOf(names, error);
+  }
+}
+
+function inFieldsOf(names: Readonly<Record<string, string>>, error: unknown): unknown {
   if (!(error instanceof InvalidRequestError) || error.field === null) return error;
   // There a list with places, here an object.
   const field = error.field.startsWith('logit_bias[') ? 'logit_bias' : (names[error.field] ?? error.field);

@@ -247,6 +247,8 @@ describe('what is wrong is told with its field', () => {
     ['a text for a number', { prompt: 'a', temperature: '1' }, 'temperature'],
     ['a temperature out of range', { prompt: 'a', temperature: -1 }, 'temperature'],
     ['a bias out of range', { prompt: 'a', logit_bias: { 5: 101 } }, 'logit_bias'],
+    ['biases as a list', { prompt: 'a', logit_bias: [1] }, 'logit_bias'],
+    ['a token that is written in two ways', { prompt: 'a', logit_bias: { 5: 1, '05': 2 } }, 'logit_bias'],
     ['a bias of no token', { prompt: 'a', logit_bias: { hello: 1 } }, 'logit_bias'],
     ['too many logprobs', { prompt: 'a', logprobs: 21 }, 'logprobs'],
     ['too many stop strings', { prompt: 'a', stop: Array.from({ length: 5000 }, () => 'x') }, 'stop'],
@@ -280,6 +282,14 @@ describe('what is wrong is told with its field', () => {
   test('ids that the model does not have', async () => {
     expect((await post({ prompt: [999999] })).statusCode).toBe(400);
     expect((await post({ prompt: 'a', logit_bias: { 999999: 1 } })).statusCode).toBe(400);
+    expect((await post({ prompt: 'a', stop_token_ids: [999999] })).json()).toMatchObject({ error: { param: 'stop_token_ids' } });
+  });
+
+  test('the id of a request that waits or runs', async () => {
+    const body = { prompt: ['a', 'b'], request_id: 'same', max_tokens: 100, ignore_eos: true };
+    const [first, second] = await Promise.all([post(body), post(body)]);
+    expect(first.statusCode).toBe(200);
+    expect(second.json()).toMatchObject({ error: { param: 'request_id', message: expect.stringContaining('same-0') } });
   });
 
   test('a prompt that is too long', async () => {

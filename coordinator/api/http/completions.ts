@@ -10,7 +10,7 @@ import type { CallContext } from '../service.js';
 import { toCallContext, toGenerationRequest } from '../validate.js';
 import { type ChoicePart, ChoiceText, echoPart } from './choice-text.js';
 import { CompletionAnswer } from './completion-answer.js';
-import { COMPLETION_FIELDS, type CompletionCall, inFieldsOf, toCompletionCall } from './completion-body.js';
+import { COMPLETION_FIELDS, type CompletionCall, inNames, toCompletionCall } from './completion-body.js';
 import { EventStream } from './event-stream.js';
 import type { HttpApi } from './http-api.js';
 import { toHttpError } from './http-error.js';
@@ -47,7 +47,7 @@ export function addCompletionRoute(app: FastifyInstance, api: HttpApi, groups: R
       jobs.map(
         (job, prompt): Submit =>
           () =>
-            service.generate(job.request, job.context, (delta) => onDelta(prompt, delta)),
+            inNames(fieldsOf(call), () => service.generate(job.request, job.context, (delta) => onDelta(prompt, delta))),
       );
     const requestIds = jobs.map(({ context }) => context.requestId!);
     return groups.run(id, requestIds, async () => {
@@ -66,14 +66,16 @@ type OnDelta = (prompt: number, delta: GenerationDelta) => void;
 type Submit = () => Ticket<GenerationResult>;
 
 function toJobs(call: CompletionCall, id: string, caller: Caller, limits: Limits): Job[] {
-  try {
-    return call.requests.map((wire, i) => ({
+  return inNames(fieldsOf(call), () =>
+    call.requests.map((wire, i) => ({
       request: toGenerationRequest(wire, limits),
       context: toCallContext({ ...wire.options!, requestId: call.requests.length === 1 ? id : `${id}-${i}` }, caller),
-    }));
-  } catch (error) {
-    throw inFieldsOf({ ...COMPLETION_FIELDS, ...(call.isBestOf ? { n: 'best_of' } : {}) }, error);
-  }
+    })),
+  );
+}
+
+function fieldsOf({ isBestOf }: CompletionCall): Readonly<Record<string, string>> {
+  return isBestOf ? { ...COMPLETION_FIELDS, n: 'best_of' } : COMPLETION_FIELDS;
 }
 
 function echoOf(

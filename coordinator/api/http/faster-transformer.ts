@@ -9,7 +9,7 @@ import { InvalidRequestError } from '../../../common/errors.js';
 import type { GenerateRequest__Output } from '../../../proto/generated/tandem/v1/GenerateRequest.js';
 import type { Limits } from '../../limits.js';
 import { toCallContext, toGenerationRequest } from '../validate.js';
-import { EMPTY_REQUEST, inFieldsOf } from './completion-body.js';
+import { EMPTY_REQUEST, inNames } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
 import { optional, parseBody } from './parse-body.js';
 import type { RequestGroups } from './request-groups.js';
@@ -18,10 +18,13 @@ import { endOf, runRequests } from './run-requests.js';
 export function addFasterTransformerRoute(app: FastifyInstance, { service }: HttpApi, groups: RequestGroups): void {
   app.post('/generate', async (request, reply) => {
     const { requests, isFlat, endText, fields } = toFasterTransformerCall(request.body, service.limits);
-    const jobs = inNamesOf(fields, () =>
+    const jobs = inNames(fields, () =>
       requests.map((wire, i) => ({
         request: toGenerationRequest(wire, service.limits),
-        context: toCallContext({ requestId: `${request.id}-${i}`, priority: 0, timeoutMs: 0 }, request.caller),
+        context: toCallContext(
+          { requestId: requests.length === 1 ? request.id : `${request.id}-${i}`, priority: 0, timeoutMs: 0 },
+          request.caller,
+        ),
       })),
     );
     const prepared = await service.prepareAll(
@@ -35,7 +38,7 @@ export function addFasterTransformerRoute(app: FastifyInstance, { service }: Htt
         jobs.map(
           ({ context }, i) =>
             () =>
-              service.generate(prepared[i]!, context, () => {}),
+              inNames(fields, () => service.generate(prepared[i]!, context, () => {})),
         ),
       ),
     );
@@ -188,12 +191,4 @@ function withTexts(wire: GenerateRequest__Output, texts: readonly string[], fiel
     );
   }
   return texts.map((text) => ({ ...wire, text, prompt: 'text' }));
-}
-
-function inNamesOf<R>(fields: Readonly<Record<string, string>>, work: () => R): R {
-  try {
-    return work();
-  } catch (error) {
-    throw inFieldsOf(fields, error);
-  }
 }

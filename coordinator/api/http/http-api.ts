@@ -1,8 +1,8 @@
 import type { TlsOptions } from 'node:tls';
+import type { TandemError } from '../../../common/errors.js';
 import type { Logger } from '../../../common/log.js';
 import type { Status } from '../../../proto/generated/tandem/v1/Status.js';
 import type { Caller, Access, Gate } from '../../access/caller.js';
-import type { RejectReason } from '../../status/observer.js';
 import type { ServingService } from '../service.js';
 
 /** What the HTTP server needs of the rest. */
@@ -23,8 +23,8 @@ export interface HttpApi {
    * localhost, 127.x.x.x, [::1] and these, and only from pages of the same origin. Null: under any name, for a server whose gate asks for credentials.
    */
   readonly hosts?: readonly string[] | null;
-  /** Told of every request of the role `infer` that is refused before it comes to the service. */
-  readonly rejected?: (reason: RejectReason) => void;
+  /** Told why a call of the role `infer` is refused; the service may have said so itself, and knows the error. */
+  readonly onRefused?: (error: TandemError) => void;
   readonly timeouts?: Partial<HttpTimeouts>;
 }
 

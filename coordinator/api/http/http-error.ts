@@ -10,7 +10,6 @@ import {
   WIRE_STATUS,
 } from '../../../common/errors.js';
 import type { Limits } from '../../limits.js';
-import type { RejectReason } from '../../status/observer.js';
 
 /** An error as OpenAI's API writes it. */
 export interface ErrorBody {
@@ -23,7 +22,8 @@ export interface HttpError {
   readonly body: ErrorBody;
   /** Not foreseen: to be logged with its cause, which the client is not told. */
   readonly isDefect: boolean;
-  readonly rejectReason: RejectReason;
+  /** What the metrics count; null: a defect, or nobody to answer. */
+  readonly refusal: TandemError | null;
 }
 
 export class ModelNotFoundError extends NotFoundError {}
@@ -33,16 +33,6 @@ const CODES: Partial<Record<ErrorCode, string>> = {
   PROMPT_TOO_LONG: 'context_length_exceeded',
   UNAUTHENTICATED: 'invalid_api_key',
   RATE_LIMITED: 'rate_limit_exceeded',
-};
-
-const REJECT_REASONS: Partial<Record<ErrorCode, RejectReason>> = {
-  INVALID_REQUEST: 'invalid',
-  PROMPT_TOO_LONG: 'invalid',
-  NOT_FOUND: 'invalid',
-  TOO_LARGE: 'too_large',
-  UNAUTHENTICATED: 'unauthenticated',
-  FORBIDDEN: 'forbidden',
-  NOT_READY: 'not_ready',
 };
 
 export function toHttpError(error: unknown, limits: Limits): HttpError {
@@ -58,7 +48,7 @@ export function toHttpError(error: unknown, limits: Limits): HttpError {
         code: isModel ? 'model_not_found' : (CODES[known.code] ?? known.code.toLowerCase()),
       }),
       isDefect: false,
-      rejectReason: REJECT_REASONS[known.code] ?? 'other',
+      refusal: known,
     };
   }
   const status = known.status ?? 500;
@@ -67,7 +57,7 @@ export function toHttpError(error: unknown, limits: Limits): HttpError {
     headers: {},
     body: errorBody(status, known.message, { param: null, code: known.code }),
     isDefect: known.status === null,
-    rejectReason: status === 415 ? 'invalid' : 'other',
+    refusal: status === 415 ? new InvalidRequestError(known.message) : null,
   };
 }
 

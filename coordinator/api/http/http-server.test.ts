@@ -17,8 +17,8 @@ import {
 } from '../../../common/errors.js';
 import { packageVersion } from '../../../common/package-root.js';
 import { type Gate, LOCAL_CALLER } from '../../access/caller.js';
-import type { RejectReason } from '../../status/observer.js';
 import { FakeEngine } from '../../group/fake-engine.js';
+import { MAX_TIMEOUT_MS } from '../validate.js';
 import { type FakeHttp, startFakeHttp } from './fake-http.js';
 import { ROUTE_ACCESS } from './route-access.js';
 
@@ -119,15 +119,24 @@ describe('the gate', () => {
   });
 
   test('tells of refusals before the service, with their reasons', async () => {
-    const rejected: RejectReason[] = [];
-    http = await startFakeHttp({ gate: KEYS, rejected: (reason) => rejected.push(reason), limits: { maxMessageBytes: 1024 } });
+    const refused: string[] = [];
+    http = await startFakeHttp({ gate: KEYS, onRefused: ({ code }) => refused.push(code), limits: { maxMessageBytes: 1024 } });
     const authorization = 'Bearer infer-key';
     await post('/v1/completions', completion);
     await post('/v1/completions', completion, { authorization: 'Bearer observe-key' });
     await post('/v1/completions', { model: 'tiny' }, { authorization });
     await post('/v1/completions', { ...completion, prompt: 'x'.repeat(2000) }, { authorization });
     await post('/drain', {});
-    expect(rejected).toEqual(['unauthenticated', 'forbidden', 'invalid', 'too_large']);
+    expect(refused).toEqual(['UNAUTHENTICATED', 'FORBIDDEN', 'INVALID_REQUEST', 'TOO_LARGE']);
+  });
+
+  test('tells of what the service refuses before it queues a request with the error that the service has counted', async () => {
+    const refused: unknown[] = [];
+    http = await startFakeHttp({ onRefused: (error) => refused.push(error) });
+    const counted = vi.spyOn(http.service, 'refused');
+    await post('/v1/completions', { ...completion, prompt: 'word '.repeat(100_000) });
+    expect(counted.mock.calls).toEqual([refused]);
+    expect(counted.mock.calls[0]![0]).toBe(refused[0]);
   });
 });
 
@@ -562,7 +571,9 @@ describe('operating', () => {
     const drain = vi.spyOn(http.service, 'drain').mockResolvedValue(3);
     expect((await post('/drain', { timeout_ms: 500 })).json()).toEqual({ remaining: 3 });
     expect((await http.app.inject({ method: 'POST', url: '/drain' })).statusCode).toBe(200);
-    expect(drain.mock.calls).toEqual([[500], [null]]);
+    await post('/drain', { timeout_ms: 0xffff_ffff });
+    expect(drain.mock.calls).toEqual([[500], [null], [MAX_TIMEOUT_MS]]); // what is longer, timers take for no time at all
+    expect((await post('/drain', { timeout_ms: -1 })).json()).toMatchObject({ error: { param: 'timeout_ms' } });
   });
 
   test('abort names a request of the caller, or all of a call with several prompts', async () => {
@@ -584,6 +595,36 @@ describe('operating', () => {
     steps.release();
     expect((await answer).statusCode).toBe(200);
     expect((await aborted('group')).statusCode).toBe(404);
+  });
+
+  test.each([
+    { prompts: ['a'], name: 'one context' },
+    { prompts: ['a', 'b'], name: 'several' },
+  ])('abort of an old client’s call with $name by the id in its header', async ({ prompts }) => {
+    const steps = holdSteps();
+    steps.hold();
+    http = await startFakeHttp();
+    const headers = { 'x-request-id': 'old' };
+    // Nothing is sent before somebody waits.
+    const response = http.app.inject({ method: 'POST', url: '/generate', headers, payload: { prompt: prompts, max_tokens: 300 } }).then();
+    await expect.poll(() => http.loop.snapshot().running).toBe(prompts.length);
+    expect((await http.app.inject({ method: 'POST', url: '/v1/requests/old/abort' })).statusCode).toBe(200);
+    steps.release();
+    expect((await response).statusCode).toBe(499);
+  });
+
+  test('abort finds a request that has the id of another’s call with several prompts', async () => {
+    const steps = holdSteps();
+    steps.hold();
+    http = await startFakeHttp();
+    const body = { ...completion, request_id: 'same', max_tokens: 300, ignore_eos: true };
+    const group = post('/v1/completions', { ...body, prompt: ['a', 'b'] });
+    await expect.poll(() => http.loop.snapshot().running).toBe(2);
+    const single = post('/v1/completions', { ...body, prompt: 'a' });
+    await expect.poll(() => http.loop.snapshot().active.length).toBe(3);
+    expect((await http.app.inject({ method: 'POST', url: '/v1/requests/same/abort' })).statusCode).toBe(200);
+    steps.release();
+    expect([(await group).statusCode, (await single).statusCode]).toEqual([499, 499]);
   });
 
   test('models', async () => {

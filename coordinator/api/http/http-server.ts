@@ -86,9 +86,9 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
     throw new NotFoundError(`there is no ${method} ${shortened(url.split('?')[0]!)}`);
   });
   app.setErrorHandler((error, request, reply) => {
-    const { status, headers, body, isDefect, rejectReason } = toHttpError(error, limits);
+    const { status, headers, body, isDefect, refusal } = toHttpError(error, limits);
     if (isDefect) log.error({ err: error, requestId: request.id }, 'a request failed by a defect');
-    if (request.routeOptions.config?.access === 'infer' && !request.isSubmitted) api.rejected?.(rejectReason);
+    if (refusal && request.routeOptions.config?.access === 'infer' && !request.isSubmitted) api.onRefused?.(refusal);
     if (!request.raw.complete) void reply.header('connection', 'close'); // the rest of its body is not read
     return reply.code(status).headers(headers).send(body);
   });

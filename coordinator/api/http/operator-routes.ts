@@ -1,11 +1,12 @@
 import type { FastifyInstance } from 'fastify';
 import { z } from 'zod';
 import { NotFoundError } from '../../../common/errors.js';
+import { toDrainTimeout } from '../validate.js';
 import type { HttpApi } from './http-api.js';
 import { optional, parseBody } from './parse-body.js';
 import type { RequestGroups } from './request-groups.js';
 
-const drainBody = z.strictObject({ timeout_ms: optional(z.int().min(0).max(0xffff_ffff)) });
+const drainBody = z.strictObject({ timeout_ms: optional(z.int()) });
 
 /** Abort of a request and drain of the server; neither needs a body. */
 export function addOperatorRoutes(app: FastifyInstance, { service }: HttpApi, groups: RequestGroups): void {
@@ -25,6 +26,6 @@ export function addOperatorRoutes(app: FastifyInstance, { service }: HttpApi, gr
   });
   app.post('/drain', async ({ body }) => {
     const { timeout_ms } = parseBody(drainBody, body ?? {});
-    return { remaining: await service.drain(timeout_ms || null) };
+    return { remaining: await service.drain(toDrainTimeout({ timeoutMs: timeout_ms ?? 0 })) };
   });
 }

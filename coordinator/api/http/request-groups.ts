@@ -3,7 +3,7 @@ export class RequestGroups {
   private readonly groups = new Map<string, readonly string[]>();
 
   async run<R>(id: string, requestIds: readonly string[], work: () => Promise<R>): Promise<R> {
-    if (requestIds.length === 1 || this.groups.has(id)) return work(); // a second call of the same id is refused by the service
+    if (requestIds.length === 1 || this.groups.has(id)) return work(); // requests of the same ids are refused by the service
     this.groups.set(id, requestIds);
     try {
       return await work();
@@ -13,6 +13,6 @@ export class RequestGroups {
   }
 
   idsOf(id: string): readonly string[] {
-    return this.groups.get(id) ?? [id];
+    return [id, ...(this.groups.get(id) ?? [])]; // another caller's request may have the id of this one's group
   }
 }

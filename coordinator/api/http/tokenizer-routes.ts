@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify';
 import { z } from 'zod';
 import { toDetokenizeIds, toTokenizeText } from '../validate.js';
-import { inFieldsOf } from './completion-body.js';
+import { inNames } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
 import { checkModel } from './models.js';
 import { optional, parseBody } from './parse-body.js';
@@ -39,12 +39,4 @@ export function addTokenizerRoutes(app: FastifyInstance, api: HttpApi): void {
     const ids = inNames({ ids: 'tokens' }, () => toDetokenizeIds({ ids: [...tokens], showSpecial: false }, service.limits));
     return { prompt: tokenizer.decode(ids) };
   });
-}
-
-function inNames<R>(names: Readonly<Record<string, string>>, check: () => R): R {
-  try {
-    return check();
-  } catch (error) {
-    throw inFieldsOf(names, error);
-  }
 }
