@@ -244,7 +244,7 @@ test('the priority of a request is bounded by its key', async () => {
   const { address } = await start({ gate: KeyGate.load(path, createLogger('test', 'silent')) });
   await generate(address, { ...HELLO, options: { priority: -3 } }, { key: keys[0]! });
   const error = await refusal(generate(address, { ...HELLO, options: { priority: 1 } }, { key: keys[0]! }));
-  expect(error).toMatchObject({ code: status.PERMISSION_DENIED, details: 'options.priority is 1, key a allows up to 0' });
+  expect(error).toMatchObject({ code: status.PERMISSION_DENIED, details: 'the priority 1 is above what key a allows, which is up to 0' });
 });
 
 // TLS

@@ -146,7 +146,7 @@ export function toCallContext(wire: RequestOptions__Output | null, caller: Calle
   const requestId = toRequestId('options.request_id', wire?.requestId ?? '');
   const priority = wholeInRange('options.priority', wire?.priority ?? 0, -MAX_PRIORITY, MAX_PRIORITY);
   if (priority > caller.maxPriority) {
-    throw new ForbiddenError(`options.priority is ${priority}, key ${caller.name} allows up to ${caller.maxPriority}`);
+    throw new ForbiddenError(`the priority ${priority} is above what key ${caller.name} allows, which is up to ${caller.maxPriority}`);
   }
   return {
     caller,
