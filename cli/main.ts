@@ -41,6 +41,7 @@ const names = commands.map(({ command }) => String(command).split(' ')[0]!);
 const typed = hideBin(process.argv);
 
 if (process.env['GRPC_VERBOSITY'] === undefined) setLogVerbosity(logVerbosity.NONE); // its lines say nothing that ours do not
+process.noDeprecation = true; // what Node has to say to the authors of libraries, as of TLS to an address without a name
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (error.code !== 'EPIPE') process.stderr.write(`tandem: cannot write the output: ${oneLine(error.message)}\n`);
   process.exit(error.code === 'EPIPE' ? EXIT_PIPE : EXIT_FAILURE);

@@ -53,6 +53,13 @@ async function expectSuccess(running: Promise<CliResult>): Promise<string> {
   return stdout;
 }
 
+let configFiles = 0;
+function configFile(content: unknown): string {
+  const path = join(scratch, `serve-${configFiles++}.json`);
+  writeFileSync(path, JSON.stringify(content));
+  return path;
+}
+
 /** Non-zero exit, and on stderr one line and no more; progress and warnings of an import apart. */
 async function expectRefusal(running: Promise<CliResult>, ...words: string[]): Promise<void> {
   const { code, stdout, stderr } = await running;
@@ -91,7 +98,14 @@ describe('wrong command lines', () => {
     { args: ['serve', '--max-queued-requests', '0'], words: ['--max-queued-requests 0: a whole number from 1 to 1000000 is needed'] },
     { args: ['serve', '--config', '/no/such.json'], words: ['--config /no/such.json', 'ENOENT'] },
     { args: ['serve', '--config', `${tiny}/config.json`], words: ['unknown argument'] },
-    { args: ['serve', '--otlp-endpoint', 'nowhere'], words: ['nowhere'] },
+    { args: ['serve', '--config', configFile({ 'world-size': '4' })], words: ['world-size is "4", a number is needed'] },
+    { args: ['serve', '--config', configFile({ 'external-workers': 'yes' })], words: ['external-workers is "yes", a boolean is needed'] },
+    { args: ['serve', '--config', configFile({ listen: null })], words: ['listen is null, a string is needed'] },
+    { args: ['serve', '--config', configFile({ 'max-samples': 0.5 })], words: ['--max-samples 0.5: a whole number from 1'] },
+    { args: ['serve', '--config', configFile({ worldSize: 4 })], words: ['unknown argument: worldSize'] },
+    { args: ['serve', '--config', configFile({ config: 'other.json' })], words: ['unknown argument: config'] },
+    { args: ['serve', '--config', configFile([])], words: ['a JSON object of flags is needed'] },
+    { args: ['serve', '--otlp-endpoint', 'nowhere'], words: ['--otlp-endpoint nowhere is no http URL'] },
     { args: ['serve', '--listen', 'here'], words: ['address "here" is neither unix:/path nor host:port'] },
     { args: ['serve', '--listen', 'unix:/no/such/folder/s.sock'], words: ['there is no folder /no/such/folder'] },
     { args: ['serve', '--listen', `unix:${tiny}/config.json`], words: ['a file that is no socket is there'] },

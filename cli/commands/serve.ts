@@ -49,73 +49,65 @@ export interface ReadyMessage {
   readonly httpAddress: string | null;
 }
 
+const FLAGS: Readonly<Record<string, Options>> = {
+  model: { type: 'string', describe: 'Model store (default: the tiny model that ships with the project)' },
+  'world-size': wholeNumber('world-size', { min: 1, default: 2, describe: 'Workers: the tensor-parallel degree' }),
+  threads: wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }),
+  listen: { type: 'string', default: DEFAULT_ADDRESS, describe: 'Public gRPC API: host:port or unix:/path' },
+  'http-listen': {
+    type: 'string',
+    default: DEFAULT_HTTP_ADDRESS,
+    describe: 'HTTP API, metrics and dashboard: host:port, unix:/path, or "off"',
+  },
+  'model-name': { type: 'string', describe: 'What clients call the model (default: the name of its folder)' },
+  'api-keys': { type: 'string', describe: 'File of API keys (tandem key new): every call needs one' },
+  'tls-cert': { type: 'string', describe: 'PEM file: certificate chain of both APIs' },
+  'tls-key': { type: 'string', describe: 'PEM file: its private key' },
+  'client-ca': { type: 'string', describe: 'PEM file: clients need a certificate that one of these has signed' },
+  'worker-listen': { type: 'string', describe: 'Where workers dial in (default: a private Unix socket)' },
+  'external-workers': {
+    type: 'boolean',
+    default: false,
+    describe: 'Workers are started by somebody else, with "tandem worker"',
+  },
+  'kv-blocks': wholeNumber('kv-blocks', { min: 1, describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' }),
+  'kv-dtype': { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' },
+  isa: {
+    choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+    requiresArg: true,
+    default: 'auto',
+    describe: 'Instruction set of the kernels',
+  },
+  'step-timeout-ms': wholeNumber('step-timeout-ms', { min: 1, default: 60_000, describe: 'A step that takes longer ends the epoch' }),
+  'max-step-tokens': wholeNumber('max-step-tokens', {
+    min: 0,
+    default: DEFAULT_STEP_TOKENS,
+    describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
+  }),
+  'context-cache-blocks': wholeNumber('context-cache-blocks', {
+    min: 0,
+    describe: 'KV blocks that keep contexts nobody uses at the moment (default: half of all)',
+  }),
+  'otlp-endpoint': {
+    type: 'string',
+    describe: 'URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request',
+  },
+  ...limitFlags(),
+  'log-level': {
+    choices: LOG_LEVELS,
+    requiresArg: true,
+    default: 'info',
+    describe: 'Least level of the log, JSON lines on stderr',
+  },
+};
+
 export const serveCommand: CommandModule<unknown, ServeArgs> = {
   command: 'serve',
   describe: 'Start a coordinator and its workers',
   builder: (yargs) =>
     yargs
       .config('config', 'JSON file with any of these flags, named as here without the dashes in front', readConfigFile)
-      .option('model', { type: 'string', describe: 'Model store (default: the tiny model that ships with the project)' })
-      .option('world-size', wholeNumber('world-size', { min: 1, default: 2, describe: 'Workers: the tensor-parallel degree' }))
-      .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
-      .option('listen', { type: 'string', default: DEFAULT_ADDRESS, describe: 'Public gRPC API: host:port or unix:/path' })
-      .option('http-listen', {
-        type: 'string',
-        default: DEFAULT_HTTP_ADDRESS,
-        describe: 'HTTP API, metrics and dashboard: host:port, unix:/path, or "off"',
-      })
-      .option('model-name', { type: 'string', describe: 'What clients call the model (default: the name of its folder)' })
-      .option('api-keys', { type: 'string', describe: 'File of API keys (tandem key new): every call needs one' })
-      .option('tls-cert', { type: 'string', describe: 'PEM file: certificate chain of both APIs' })
-      .option('tls-key', { type: 'string', describe: 'PEM file: its private key' })
-      .option('client-ca', { type: 'string', describe: 'PEM file: clients need a certificate that one of these has signed' })
-      .option('worker-listen', { type: 'string', describe: 'Where workers dial in (default: a private Unix socket)' })
-      .option('external-workers', {
-        type: 'boolean',
-        default: false,
-        describe: 'Workers are started by somebody else, with "tandem worker"',
-      })
-      .option(
-        'kv-blocks',
-        wholeNumber('kv-blocks', { min: 1, describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' }),
-      )
-      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' })
-      .option('isa', {
-        choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
-        requiresArg: true,
-        default: 'auto',
-        describe: 'Instruction set of the kernels',
-      })
-      .option(
-        'step-timeout-ms',
-        wholeNumber('step-timeout-ms', { min: 1, default: 60_000, describe: 'A step that takes longer ends the epoch' }),
-      )
-      .option(
-        'max-step-tokens',
-        wholeNumber('max-step-tokens', {
-          min: 0,
-          default: DEFAULT_STEP_TOKENS,
-          describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
-        }),
-      )
-      .option(
-        'context-cache-blocks',
-        wholeNumber('context-cache-blocks', {
-          min: 0,
-          describe: 'KV blocks that keep contexts nobody uses at the moment (default: half of all)',
-        }),
-      )
-      .option('otlp-endpoint', {
-        type: 'string',
-        describe: 'URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request',
-      })
-      .options(limitFlags())
-      .option('log-level', {
-        choices: LOG_LEVELS,
-        requiresArg: true,
-        default: 'info',
-        describe: 'Least level of the log, JSON lines on stderr',
-      })
+      .options(FLAGS)
       .check((args) => {
         if (args['external-workers'] && !args['worker-listen'])
           throw new ConfigError('--external-workers needs --worker-listen, or workers could not find the coordinator');
@@ -199,5 +191,15 @@ function readConfigFile(path: string): Record<string, unknown> {
   if (typeof parsed !== 'object' || parsed === null || Array.isArray(parsed)) {
     throw new ConfigError(`--config ${path}: a JSON object of flags is needed, as in {"world-size": 4}`);
   }
+  for (const [flag, value] of Object.entries(parsed)) {
+    // What yargs would make of it is another thing than what was meant: of "yes" false.
+    const { number, type = 'string' } = Object.hasOwn(FLAGS, flag) ? FLAGS[flag]! : unknownFlag(path, flag);
+    const needed = number ? 'number' : type;
+    if (typeof value !== needed) throw new ConfigError(`--config ${path}: ${flag} is ${JSON.stringify(value)}, a ${needed} is needed`);
+  }
   return parsed as Record<string, unknown>;
+}
+
+function unknownFlag(path: string, flag: string): never {
+  throw new ConfigError(`--config ${path}: unknown argument: ${flag}`);
 }

@@ -105,7 +105,7 @@ export async function startTraces({ otlpEndpoint, modelName, log }: TraceOptions
 function tracesUrl(endpoint: string): string {
   const url = URL.canParse(endpoint) ? new URL(endpoint) : null;
   if (!url || !/^https?:$/.test(url.protocol)) {
-    throw new ConfigError(`otlpEndpoint "${endpoint}" is no http URL: write http://host:4318`);
+    throw new ConfigError(`--otlp-endpoint ${endpoint} is no http URL: write http://host:4318`);
   }
   if (url.pathname === '/') url.pathname = '/v1/traces';
   return url.href;
