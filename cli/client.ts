@@ -34,7 +34,7 @@ export interface Credentials {
   readonly tls: ClientTls | null;
 }
 
-export const NO_CREDENTIALS: Credentials = { apiKey: null, tls: null };
+const NO_CREDENTIALS: Credentials = { apiKey: null, tls: null };
 
 const CONNECT_TIMEOUT_MS = 5_000;
 

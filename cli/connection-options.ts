@@ -11,7 +11,7 @@ export interface ConnectionArgs {
   clientKey: string | undefined;
 }
 
-export const API_KEY_VARIABLE = 'TANDEM_API_KEY';
+const API_KEY_VARIABLE = 'TANDEM_API_KEY';
 
 /** @param group the heading in the help, where there is one */
 export function connectionOptions(group?: string) {

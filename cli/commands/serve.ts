@@ -11,7 +11,7 @@ import { modelOrTiny } from '../model-option.js';
 import { wholeNumber } from '../number-option.js';
 
 export const DEFAULT_ADDRESS = '127.0.0.1:7130';
-export const DEFAULT_HTTP_ADDRESS = '127.0.0.1:7131';
+const DEFAULT_HTTP_ADDRESS = '127.0.0.1:7131';
 
 /** As a shell reports a command that Ctrl-C ended. */
 const EXIT_INTERRUPTED = 130;

@@ -13,7 +13,8 @@ import { createLogger } from '../../common/log.js';
 import { tinyModelDir } from '../../model/tiny/tiny-model.js';
 import { LONG_TEXT_CHARACTERS, type TextToEncode, ThreadedEncoder } from '../../model/tokenizer/threaded-encoder.js';
 import { LOCAL_CALLER } from '../access/caller.js';
-import { type GenerationRequest, NO_PENALTIES, type Prompt, type ScoreRequest } from '../generation/request.js';
+import { requestOf } from '../generation/letter-model.js';
+import { type GenerationRequest, type Prompt, type ScoreRequest } from '../generation/request.js';
 import { NO_OBSERVER, type RejectReason } from '../status/observer.js';
 import { type FakeService, startFakeService } from './fake-service.js';
 import { type CallContext, type ServiceOptions, ServingService } from './service.js';
@@ -64,23 +65,7 @@ function serviceWith(options: Partial<ServiceOptions>): ServingService {
 }
 
 function generationOf(prompt: Prompt): GenerationRequest {
-  return {
-    prompt,
-    mode: 'fill-blanks',
-    maxNewTokens: 8,
-    maxRowTokens: null,
-    minNewTokens: 0,
-    sampling: { temperature: 0, topK: 0, topP: 0 },
-    beams: null,
-    n: 1,
-    seed: 1n,
-    endTokens: null,
-    bannedTokens: [],
-    stopStrings: [],
-    logitBias: [],
-    penalties: NO_PENALTIES,
-    topLogprobs: null,
-  };
+  return requestOf('', { prompt });
 }
 
 function ofText(text: string): Prompt {

@@ -132,7 +132,7 @@ export class CompletionAnswer {
         prompt_tokens,
         completion_tokens,
         total_tokens: prompt_tokens + completion_tokens,
-        prompt_tokens_details: { cached_tokens: sum(cachedPromptTokens) },
+        prompt_tokens_details: { cached_tokens: sum(({ cachedPromptTokens }) => cachedPromptTokens) },
       },
       timings: encodeTimings(results.map(({ timings }) => timings)),
     };
@@ -141,11 +141,6 @@ export class CompletionAnswer {
   private indexOf(prompt: number, choice: number): number {
     return prompt * this.call.numChoices + choice;
   }
-}
-
-/** The loop tells it once it has a context cache. */
-function cachedPromptTokens(result: Result & { readonly cachedPromptTokens?: number }): number {
-  return result.cachedPromptTokens ?? 0;
 }
 
 /** Several prompts run side by side: the longest of each. */

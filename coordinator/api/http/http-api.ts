@@ -12,8 +12,6 @@ export interface HttpApi {
   readonly status: () => Status;
   readonly metrics: () => Promise<{ readonly contentType: string; readonly text: string }>;
   readonly log: Logger;
-  /** Names besides `service.modelName` that requests may ask for. */
-  readonly modelAliases?: readonly string[];
   /** Folder of the dashboard's index.html, read once; absent: `dashboard/` of the package. */
   readonly dashboardDir?: string;
   /** Certificate and key, for mutual TLS also `ca`, `requestCert` and `rejectUnauthorized`; absent: plain HTTP. */

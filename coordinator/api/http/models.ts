@@ -4,27 +4,25 @@ import type { HttpApi } from './http-api.js';
 import { shortened } from './parse-body.js';
 
 /** @throws ModelNotFoundError */
-export function checkModel({ service, modelAliases = [] }: HttpApi, name: string): void {
-  const names = [service.modelName, ...modelAliases];
-  if (!names.includes(name)) {
-    throw new ModelNotFoundError(`the model ${JSON.stringify(shortened(name))} is not served here: there is ${names.join(', ')}`);
+export function checkModel({ service }: HttpApi, name: string): void {
+  if (name !== service.modelName) {
+    throw new ModelNotFoundError(`the model ${JSON.stringify(shortened(name))} is not served here: there is ${service.modelName}`);
   }
 }
 
 export function addModelRoutes(app: FastifyInstance, api: HttpApi): void {
-  const created = unixSeconds();
-  const describe = (id: string) => ({
-    id,
+  const model = {
+    id: api.service.modelName,
     object: 'model',
-    created,
+    created: unixSeconds(),
     owned_by: 'tandem',
     root: api.service.modelName,
     max_model_len: api.service.config.maxSequenceLength,
-  });
-  app.get('/v1/models', () => ({ object: 'list', data: [api.service.modelName, ...(api.modelAliases ?? [])].map(describe) }));
+  };
+  app.get('/v1/models', () => ({ object: 'list', data: [model] }));
   app.get<{ Params: { model: string } }>('/v1/models/:model', ({ params }) => {
     checkModel(api, params.model);
-    return describe(params.model);
+    return model;
   });
 }
 
