@@ -26,6 +26,9 @@ export interface HttpError {
   readonly refusal: TandemError | null;
 }
 
+/** Of the parts of a path that are a name or an id. */
+export const MAX_PARAM_LENGTH = 256;
+
 export class ModelNotFoundError extends NotFoundError {}
 
 /** OpenAI's names where it has one; the others are the server's own. */
@@ -77,6 +80,9 @@ function fromFastify(error: unknown, limits: Limits): TandemError | Untyped {
   }
   if (code === 'FST_ERR_CTP_INVALID_MEDIA_TYPE') {
     return { status: 415, message: 'content-type is not application/json: send JSON', code: 'unsupported_media_type' };
+  }
+  if (code === 'FST_ERR_BAD_URL' || code === 'FST_ERR_MAX_PARAM_LENGTH') {
+    return new InvalidRequestError(`the path is no valid URL, or has a part of more than ${MAX_PARAM_LENGTH} characters`);
   }
   if (code?.startsWith('FST_ERR_') && statusCode !== undefined && statusCode >= 400 && statusCode < 500) {
     return new InvalidRequestError(oneLine(message ?? 'the request can not be read'));

@@ -194,11 +194,13 @@ describe('errors', () => {
     ['PUT', '/generate', 404],
     ['OPTIONS', '/v1/completions', 404],
     ['GET', '/%zz', 400],
+    ['GET', `/v1/models/${'a'.repeat(10_000)}`, 400],
   ] as const)('%s %s is %d', async (method, url, status) => {
     http = await startFakeHttp();
     const response = await http.app.inject({ method, url });
     expect(response.statusCode).toBe(status);
     expect(Object.keys(response.json<{ error: object }>().error)).toEqual(['message', 'type', 'param', 'code']);
+    expect(response.body.length).toBeLessThan(500);
     expect(response.headers).not.toHaveProperty('access-control-allow-origin');
   });
 });

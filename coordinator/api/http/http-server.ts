@@ -12,7 +12,7 @@ import { addCompletionRoute } from './completions.js';
 import { addDashboardRoute } from './dashboard.js';
 import { addFasterTransformerRoute } from './faster-transformer.js';
 import type { HttpApi, HttpTimeouts } from './http-api.js';
-import { answerClientError, toHttpError } from './http-error.js';
+import { answerClientError, MAX_PARAM_LENGTH, toHttpError } from './http-error.js';
 import { addModelRoutes } from './models.js';
 import { addOperatorRoutes } from './operator-routes.js';
 import { parseJson, shortened } from './parse-body.js';
@@ -22,7 +22,6 @@ import { addStatusRoutes } from './status-routes.js';
 import { addTokenizerRoutes } from './tokenizer-routes.js';
 
 const TIMEOUTS: HttpTimeouts = { headersMs: 10_000, requestMs: 60_000, readMs: 60_000, keepAliveMs: 65_000, checkMs: 2_000 };
-const MAX_ID_LENGTH = 128;
 
 /**
  * The HTTP server with all its routes; it listens to nothing yet: {@link listenHttp}. Whoever closes it ends the serving loop first, so
@@ -47,7 +46,7 @@ export function createHttpServer(api: HttpApi): FastifyInstance {
       return server;
     },
     bodyLimit: limits.maxMessageBytes,
-    routerOptions: { maxParamLength: 2 * MAX_ID_LENGTH },
+    routerOptions: { maxParamLength: MAX_PARAM_LENGTH },
     genReqId: requestIdOf,
     clientErrorHandler: (error, socket) => answerClientError(error, socket, limits),
     frameworkErrors: (error, _request, reply) => {
