@@ -463,20 +463,42 @@ const newcomers: Case[] = [
     plan: { run: ['A'] },
   },
   {
-    name: 'a newcomer preempts the newest of a key that holds more than its share',
-    state: { running: { A: { blocks: 45 }, B: { blocks: 45 } }, waiting: { N: { needs: 45, key: 'n' } }, free: 10, limits: manySequences },
+    name: 'a newcomer preempts the newest of a key that keeps its share',
+    state: { running: { A: { blocks: 50 }, B: { blocks: 40 } }, waiting: { N: { needs: 45, key: 'n' } }, free: 10, limits: manySequences },
     plan: { preempt: 'B' },
   },
   {
-    name: 'but not if that key then held less than the newcomer',
-    state: { running: { A: { blocks: 45 }, B: { blocks: 45 } }, waiting: { N: { needs: 46, key: 'n' } }, free: 10, limits: manySequences },
+    name: 'but not if that key then held less than its share',
+    state: { running: { A: { blocks: 45 }, B: { blocks: 45 } }, waiting: { N: { needs: 45, key: 'n' } }, free: 10, limits: manySequences },
     plan: { run: ['A', 'B'] },
   },
   {
-    name: 'unless it weighs more',
+    name: 'unless the key of the newcomer has less than half of its own',
+    state: {
+      running: { A: { blocks: 30 }, B: { blocks: 30 }, C: { key: 'c', blocks: 20 }, D: { key: 'c', blocks: 20 } },
+      waiting: { N: { needs: 16, key: 'n' } },
+      free: 0,
+      limits: manySequences,
+    },
+    plan: { preempt: 'B' },
+  },
+  {
+    name: 'and even then not if the other one was left with less than the newcomer',
+    state: {
+      running: { A: { blocks: 50 }, B: { blocks: 9 } },
+      waiting: { N: { needs: 20, key: 'n' } },
+      weights: { a: 4 },
+      free: 10,
+      total: 70,
+      limits: manySequences,
+    },
+    plan: { run: ['A', 'B'] },
+  },
+  {
+    name: 'a key of more weight may take more',
     state: {
       running: { A: { blocks: 45 }, B: { blocks: 45 } },
-      waiting: { N: { needs: 46, key: 'n' } },
+      waiting: { N: { needs: 45, key: 'n' } },
       weights: { n: 2 },
       free: 10,
       limits: manySequences,

@@ -127,8 +127,9 @@ const MOST_BLOCKED = 16;
  *
  * Where blocks are short, the request that is worth least gives up its own and is computed again later: the lowest priority, then
  * of the key that holds most for its weight (of the blocks or of the sequences), then the newest. Nobody is preempted for a request that is worth
- * less. A waiting request preempts a lower priority, and a key that holds more than its share as long as that one keeps no less than the
- * newcomer's gets; nobody is preempted for a newcomer that then still has no room.
+ * less. A waiting request preempts a lower priority; and of a key that holds more than its share what is beyond it, or, while its own key has less
+ * than half of its share, as long as the other one keeps no less than the newcomer's gets. Nobody is preempted for a newcomer that then still has
+ * no room.
  */
 export function schedule<R extends RunningRequest, W extends WaitingRequest>(
   state: SchedulerState<R, W>,
@@ -521,17 +522,24 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (worst.priority !== priority) return worst.priority < priority;
     if (worst.key === key) return false;
     const left = this.share(worst.key, holdings, -this.blocksOf.get(worst)!, -worst.maxSequences);
-    return left >= this.share(key, holdings, neededBlocks, maxSequences);
+    const gained = this.share(key, holdings, neededBlocks, maxSequences);
+    // Keys that have about their shares would preempt each other's requests for ever.
+    return left >= gained && (left >= this.fairShare || gained <= this.fairShare / 2);
   }
 
-  /** Whether its key then holds no more than its share of the server. */
-  private isWithinShare({ key, neededBlocks, maxSequences }: W): boolean {
+  /** Of a key that wants as much as there is, over its weight. */
+  private get fairShare(): number {
     if (this.totalWeight === 0) {
       const active = new Set(this.state.running.map((each) => each.key));
       for (const [first] of this.state.queues) if (first) active.add(first.key);
       for (const each of active) this.totalWeight += this.weight(each);
     }
-    return this.share(key, this.heldByKeys(), neededBlocks, maxSequences) <= 1 / this.totalWeight;
+    return 1 / this.totalWeight;
+  }
+
+  /** Whether its key then holds no more than its share of the server. */
+  private isWithinShare({ key, neededBlocks, maxSequences }: W): boolean {
+    return this.share(key, this.heldByKeys(), neededBlocks, maxSequences) <= this.fairShare;
   }
 
   /** What a key holds (and would hold with so much more) of all blocks or all sequences, whichever is more, over its weight. */
