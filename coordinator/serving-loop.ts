@@ -65,6 +65,8 @@ interface KeyState {
 
 interface PlannedRun extends Run {
   readonly pending: PendingRun;
+  /** Its tokens; the sequence may have more by the time that the results are in. */
+  readonly runTokens: number;
 }
 
 /** The run that goes through the layers over several steps. */
@@ -364,7 +366,8 @@ export class ServingLoop {
         if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
         const run = prepareRun(sequence, this.blocks);
         for (const block of run.blockCopies) blockCopies.push(block);
-        return { sequence, firstToken: run.firstToken, blockCopies: run.blockCopies, pending }; // written out: a spread is slow
+        const { firstToken } = run;
+        return { sequence, firstToken, blockCopies: run.blockCopies, pending, runTokens: sequence.length - firstToken }; // written out: a spread is slow
       } catch (error) {
         this.fail(request, error); // a defect of one request is no reason to end the others
         return null;
@@ -392,9 +395,11 @@ export class ServingLoop {
         // Less than planned where a preempted request found its context still computed.
         const { numLayers, stepTokens } = this.stepLimits;
         const run = prepareOne(extend);
-        const runTokens = run ? runLength(run) : 0;
-        const endLayer = tokens + runTokens <= stepTokens ? numLayers : plan.slice.endLayer;
-        if (run) slice = { extend, run, runTokens, firstLayer: 0, endLayer, nextLayer: endLayer };
+        if (run) {
+          const { runTokens } = run;
+          const endLayer = tokens + runTokens <= stepTokens ? numLayers : plan.slice.endLayer;
+          slice = { extend, run, runTokens, firstLayer: 0, endLayer, nextLayer: endLayer };
+        }
       }
     }
     if (whole.length === 0 && !slice) return null;
@@ -519,11 +524,10 @@ export class ServingLoop {
     const stepMs = longest(ranks, 'computeMs');
     const allReduceMs = longest(ranks, 'collectiveMs');
     let decodeTokens = 0;
-    let prefillTokens = slice ? (runLength(slice.run) * (slice.endLayer - slice.firstLayer)) / this.stepLimits.numLayers : 0;
-    for (const run of whole) {
-      const length = runLength(run);
-      if (length === 1) decodeTokens += 1;
-      else prefillTokens += length;
+    let prefillTokens = slice ? (slice.run.runTokens * (slice.endLayer - slice.firstLayer)) / this.stepLimits.numLayers : 0;
+    for (const { runTokens } of whole) {
+      if (runTokens === 1) decodeTokens += 1;
+      else prefillTokens += runTokens;
     }
     this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
@@ -869,10 +873,6 @@ function isBefore(a: ActiveRequest, b: ActiveRequest): boolean {
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
   return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
-}
-
-function runLength({ sequence, firstToken }: Run): number {
-  return sequence.length - firstToken;
 }
 
 function carriesTokens({ kind }: ExtendResult): boolean {

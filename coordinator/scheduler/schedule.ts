@@ -184,6 +184,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   /** Tokens that each key may have in this step, where several share it; and has. */
   private shares: Map<string, number> | null = null;
   private readonly used = new Map<string, number>();
+  /** Of these, how many decoded ones. */
+  private decodeShares: Map<string, number> | null = null;
   private holdings: Map<string, Holding> | null = null;
   /** Of running requests; counting them takes a while. Filled with the holdings. */
   private readonly blocksOf = new Map<R, number>();
@@ -223,6 +225,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
     for (const { request, extend } of this.shareOut(decodes)) {
       if (this.run.length >= mostDecodes) break;
+      if (this.decodeShares && (this.used.get(request.key) ?? 0) >= this.decodeShares.get(request.key)!) continue;
       const needed = this.neededBlocks(extend);
       if (needed <= this.freeBlocks) this.take(request, extend, needed);
       else {
@@ -247,7 +250,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     return Math.min(tokens, this.limits.stepTokens);
   }
 
-  /** Those that run in this step; bounds the step where several keys share it. */
+  /** In the order in which they get their turn; bounds the step, and what each key has of it, where several keys share it. */
   private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
     const { running, stepCost } = this.state;
     const first = running[0]?.key ?? [...this.lanes.keys()][0];
@@ -271,7 +274,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     this.stepTokens = fair;
 
     this.shares = new Map();
-    const taken: Decode<R>[] = [];
+    this.decodeShares = new Map();
+    const inTurn: Decode<R>[] = [];
     const wanted = new Map([...byKey].map(([key, own]) => [key, own.length + this.longTokens(key)]));
     const modestFirst = [...byKey].sort(([a], [b]) => wanted.get(a)! / this.weight(a) - wanted.get(b)! / this.weight(b));
     let room = fair;
@@ -282,11 +286,12 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
       weights -= this.weight(key);
 
       const isLongLeft = wanted.get(key)! > own.length;
-      const count = Math.min(own.length, Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1))));
+      const count = Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1)));
+      this.decodeShares.set(key, count);
       if (own.length > count) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
-      for (let i = 0; i < count; i++) taken.push(own[i]!);
+      for (const decode of own) inTurn.push(decode);
     }
-    return taken;
+    return inTurn;
   }
 
   /** What is left in this step for a key. */
