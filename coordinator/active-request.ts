@@ -1,10 +1,10 @@
 import type { TandemError } from '../common/errors.js';
 import type { ExtendOp, ExtendResult, Strategy } from './generation/strategy.js';
 import type { BlockManager } from './scheduler/block-manager.js';
-import type { ContextCache, ContextSource } from './scheduler/context-cache.js';
+import type { ContextCache } from './scheduler/context-cache.js';
 import type { PendingExtend, RunningRequest, WaitingRequest } from './scheduler/schedule.js';
-import { missingBlocks, newBlocks, refreshCache, type SequenceState, sharedBoundary } from './scheduler/sequence.js';
-import type { Completed, Job } from './serving-loop.js';
+import { type ContextSource, missingBlocks, newBlocks, refreshCache, type SequenceState, sharedBoundary } from './scheduler/sequence.js';
+import type { Completed, Job } from './job.js';
 
 /** A request from its submission to its end. The scheduler sees it through {@link RunningRequest} and {@link WaitingRequest}. */
 export class ActiveRequest implements RunningRequest, WaitingRequest {

@@ -1,5 +1,5 @@
 import type { Sequences, Strategy, Want } from './generation/strategy.js';
-import type { Job } from './serving-loop.js';
+import type { Job } from './job.js';
 
 /** Of the engines that tests run these jobs on. */
 export const BLOCK_SIZE = 4;

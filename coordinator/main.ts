@@ -6,6 +6,7 @@ import { createLogger, type Logger, type LogLevel } from '../common/log.js';
 import { WorkerLink } from '../common/services.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
+import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
 import { checkSpecialTokens, loadTokenizer } from '../model/tokenizer/tokenizer.js';
 import type { WorkerLinkHandlers } from '../proto/generated/tandem/v1/WorkerLink.js';
 import { OPEN_GATE } from './access/caller.js';
@@ -95,6 +96,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
   const tokenizer = store.tokenizerPath && config.tokenizer ? await loadTokenizer(store.tokenizerPath, config.tokenizer) : null;
   if (tokenizer) checkSpecialTokens(tokenizer, config.specialTokens);
 
+  const encoder =
+    tokenizer && config.tokenizer && store.tokenizerPath
+      ? new ThreadedEncoder({ tokenizer, path: store.tokenizerPath, config: config.tokenizer, log })
+      : null;
+
   const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
   // A step's whole runs beside one that goes through the layers.
@@ -168,6 +174,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     loop: () => loop,
     health,
     observer,
+    encoder,
   });
   const status = () => statusSnapshot(sources());
   const grpcServer = createGrpcServer({ service, gate: gate ?? OPEN_GATE, status, log, onRefused: (error) => service.refused(error) });
@@ -190,7 +197,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     (closing ??= (async () => {
       log.info('stopping');
       grpcServer.updateHealth();
-      await Promise.all([loop?.close(), group.close()]);
+      await Promise.all([loop?.close(), group.close(), encoder?.close()]);
       await Promise.all([shutDown(grpcServer), httpServer?.close()]);
       await supervisor?.close();
       linkServer.forceShutdown();

@@ -4,7 +4,8 @@ import { BLOCK_SIZE, callerNamed, fakeJob, type Shape } from './fake-job.js';
 import type { EngineStep, EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
-import { ServingLoop, type Ticket } from './serving-loop.js';
+import type { Ticket } from './job.js';
+import { ServingLoop } from './serving-loop.js';
 import type { RequestTimings } from './status/observer.js';
 
 /*

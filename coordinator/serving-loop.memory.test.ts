@@ -9,7 +9,8 @@ import { generationRequirements, scoreRequirements } from './generation/requirem
 import { score } from './generation/scoring.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
-import { ServingLoop, type Job } from './serving-loop.js';
+import type { Job } from './job.js';
+import { ServingLoop } from './serving-loop.js';
 
 /** Real strategies in exactly the memory that they were said to need: nothing may fail, and nothing may come out otherwise. */
 

@@ -6,7 +6,8 @@ import type { Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
-import { type Job, ServingLoop, type Ticket } from './serving-loop.js';
+import type { Job, Ticket } from './job.js';
+import { ServingLoop } from './serving-loop.js';
 
 /** What is preempted, lost or fails at the worst moment. */
 

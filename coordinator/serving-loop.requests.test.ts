@@ -13,7 +13,8 @@ import { BLOCK_SIZE, callerNamed, fakeJob, type Shape } from './fake-job.js';
 import { EpochEndedError, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
-import { type LoopLimits, ServingLoop, type Ticket } from './serving-loop.js';
+import type { Ticket } from './job.js';
+import { type LoopLimits, ServingLoop } from './serving-loop.js';
 import { type LoopObserver, NO_OBSERVER, type RequestStats, type StepStats } from './status/observer.js';
 
 /** How requests come, are told apart, and end. */
@@ -267,7 +268,6 @@ test('an id is taken until its request has ended', async () => {
 test('what a strategy refuses at once is thrown, and nothing of it stays', () => {
   const { loop } = start();
   const refusing = fakeJob(SMALL, 1, {
-    // eslint-disable-next-line require-yield -- it comes to no Extend
     *start(sequences) {
       sequences.create();
       throw new InvalidRequestError('no');
@@ -279,7 +279,6 @@ test('what a strategy refuses at once is thrown, and nothing of it stays', () =>
 
 test('a strategy that needs no Extend ends where it is submitted', async () => {
   const { loop } = start();
-  // eslint-disable-next-line require-yield -- it needs none
   const ticket = loop.submit(
     fakeJob(SMALL, 1, {
       *start() {

@@ -6,7 +6,8 @@ import { BLOCK_SIZE, fakeJob as job, type Shape } from './fake-job.js';
 import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
 import { FakeEngine } from './group/fake-engine.js';
-import { ServingLoop, type Ticket } from './serving-loop.js';
+import type { Ticket } from './job.js';
+import { ServingLoop } from './serving-loop.js';
 
 const log = createLogger('test', 'silent');
 const limits = {

@@ -11,10 +11,9 @@ import {
   WorkerLostError,
 } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
-import type { Caller } from './access/caller.js';
 import { ActiveRequest, PendingRun } from './active-request.js';
 import { contextKeyOf } from './context-key.js';
-import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './generation/strategy.js';
+import type { ExtendOp, ExtendResult, Sequence, Sequences } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
 import { BlockManager } from './scheduler/block-manager.js';
 import { ContextCache } from './scheduler/context-cache.js';
@@ -37,42 +36,9 @@ import {
 import { MovingRate } from './scheduler/moving-rate.js';
 import { StepCostTable } from './scheduler/step-cost.js';
 import { TokenBucket } from './scheduler/token-bucket.js';
+import type { Completed, Job, Ticket } from './job.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
-
-/** One request as the loop sees it: a strategy to drive, how it is to be scheduled, and what it can come to need. */
-export interface Job<R> {
-  /** Unique among the requests that wait or run. */
-  readonly requestId: string;
-  readonly caller: Pick<Caller, 'name' | 'weight' | 'maxStreams' | 'maxTokensPerMinute'>;
-  /** Higher goes first. */
-  readonly priority: number;
-  /** From submission to the end, waiting included; null: none. */
-  readonly timeoutMs: number | null;
-  readonly promptTokens: number;
-  /** KV blocks that it can hold at once, at worst. */
-  readonly maxBlocks: number;
-  /** Sequences that it can have at once, at worst. */
-  readonly maxSequences: number;
-  /** W3C trace context of the caller, for the traces. */
-  readonly traceParent?: string | null;
-  start(sequences: Sequences): Strategy<R>;
-}
-
-export interface Ticket<R> {
-  readonly requestId: string;
-  /** Rejects with a TandemError. */
-  readonly done: Promise<Completed<R>>;
-  /** Ends the request before the next step; `done` rejects with the error, a CancelledError if none is given. No effect once it has ended. */
-  cancel(reason?: TandemError): void;
-}
-
-export interface Completed<R> {
-  readonly value: R;
-  readonly timings: RequestTimings;
-  /** Prompt tokens that were found computed. */
-  readonly cachedPromptTokens: number;
-}
 
 export interface LoopLimits extends Omit<StepLimits, 'numLayers'> {
   /** KV blocks of contexts that nobody uses at the moment. */

@@ -3,7 +3,7 @@ import type { GenerateResponse } from '../../proto/generated/tandem/v1/GenerateR
 import type { ScoreResponse } from '../../proto/generated/tandem/v1/ScoreResponse.js';
 import type { Timings } from '../../proto/generated/tandem/v1/Timings.js';
 import type { FinishReason, GenerationDelta, GenerationResult, ScoreResult } from '../generation/request.js';
-import type { Completed } from '../serving-loop.js';
+import type { Completed } from '../job.js';
 import type { RequestTimings } from '../status/observer.js';
 
 const FINISH_REASONS = { end: 'FINISH_REASON_END', stop: 'FINISH_REASON_STOP', length: 'FINISH_REASON_LENGTH' } as const satisfies Record<

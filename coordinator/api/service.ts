@@ -19,7 +19,8 @@ import type { GenerationDelta, GenerationRequest, GenerationResult, ScoreRequest
 import { generationRequirements, scoreRequirements } from '../generation/requirements.js';
 import { score, scoredTokens } from '../generation/scoring.js';
 import type { Limits } from '../limits.js';
-import type { ServingLoop, Ticket } from '../serving-loop.js';
+import type { Ticket } from '../job.js';
+import type { ServingLoop } from '../serving-loop.js';
 import { type LoopObserver, NO_OBSERVER, type RejectReason } from '../status/observer.js';
 
 export type ServerState = 'loading' | 'ready' | 'recovering' | 'draining' | 'stopping' | 'failed';

@@ -66,7 +66,8 @@ export class FakeEngine implements Engine {
     if (firstLayer >= endLayer || endLayer > numLayers) throw new Error(`layers ${firstLayer} to ${endLayer} of ${numLayers}`);
     if (firstLayer === 0 && endLayer === numLayers) return true;
     if (firstLayer > 0) {
-      const same = (field: 'tokens' | 'positions' | 'blockTable') => String(this.carry!.extend[field]) === String(extend[field]);
+      const same = (field: 'tokens' | 'positions' | 'blockTable') =>
+        Array.from(this.carry!.extend[field]).join() === Array.from(extend[field]).join();
       if (this.carry?.nextLayer !== firstLayer || !same('tokens') || !same('positions') || !same('blockTable')) {
         throw new Error(`a run goes on at layer ${firstLayer}, the one under way is at ${this.carry?.nextLayer ?? 'none'}, or another`);
       }

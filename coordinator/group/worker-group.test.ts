@@ -106,7 +106,13 @@ const sampleStep: EngineStep = {
     },
   ],
 };
-const sampleResult: StepExtendResult = { kind: 'sample', token: 7, logprob: -1, topTokens: [7], topLogprobs: [-1] };
+const sampleResult: Extract<StepExtendResult, { kind: 'sample' }> = {
+  kind: 'sample',
+  token: 7,
+  logprob: -1,
+  topTokens: [7],
+  topLogprobs: [-1],
+};
 const answer = (stepId: number, results: StepExtendResult[]) => ({
   result: { stepId, body: encodeResultBody(results), evaluateMicros: 0, computeMicros: 5, collectiveMicros: 1, error: '' },
 });
@@ -160,12 +166,12 @@ describe('a worker is refused', () => {
 });
 
 describe('an answer that was not asked for ends the epoch', () => {
-  test.each([
+  test.each<{ name: string; results: StepExtendResult[] }>([
     { name: 'too many', results: [sampleResult, sampleResult] },
     { name: 'none', results: [] },
-    { name: 'another kind', results: [{ kind: 'targets', logprobs: [1] } as StepExtendResult] },
-    { name: 'a token beyond the vocabulary', results: [{ ...sampleResult, token: VOCAB_SIZE } as StepExtendResult] },
-    { name: 'too few best tokens', results: [{ ...sampleResult, topTokens: [] } as StepExtendResult] },
+    { name: 'another kind', results: [{ kind: 'targets', logprobs: [1] }] },
+    { name: 'a token beyond the vocabulary', results: [{ ...sampleResult, token: VOCAB_SIZE }] },
+    { name: 'too few best tokens', results: [{ ...sampleResult, topTokens: [] }] },
   ])('$name', async ({ results }) => {
     const [first, second] = bothReady();
     const step = group.step(sampleStep);

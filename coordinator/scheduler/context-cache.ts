@@ -1,12 +1,5 @@
 import type { BlockManager } from './block-manager.js';
-import type { SequenceState } from './sequence.js';
-
-/** KV of a whole context that a sequence can start from: identical contexts only, as every context token sees every other. */
-export interface ContextSource {
-  readonly tokens: number;
-  /** In order; the last one may hold tokens of its owner behind the context. */
-  readonly blocks: readonly number[];
-}
+import type { ContextSource, SequenceState } from './sequence.js';
 
 export interface ContextCacheStats {
   readonly contexts: number;

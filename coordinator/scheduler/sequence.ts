@@ -1,6 +1,5 @@
 import type { ExtendOp, Sequence } from '../generation/strategy.js';
 import type { BlockManager } from './block-manager.js';
-import type { ContextSource } from './context-cache.js';
 
 /**
  * The state of one sequence: its whole history, and how much of it the workers' KV caches hold. A run is always "what is
@@ -21,6 +20,13 @@ export interface SequenceState extends Sequence {
   cachedTokens: number;
   /** The first tokens that were computed once. Their blocks, perhaps shared with forks, never change, but may have to be computed again. */
   settledTokens: number;
+}
+
+/** KV of a whole context that a sequence can start from: identical contexts only, as every context token sees every other. */
+export interface ContextSource {
+  readonly tokens: number;
+  /** In order; the last one may hold tokens of its owner behind the context. */
+  readonly blocks: readonly number[];
 }
 
 /** One Extend on its way to the workers. */

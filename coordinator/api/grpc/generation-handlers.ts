@@ -3,7 +3,7 @@ import { CancelledError, DeadlineError, TandemError } from '../../../common/erro
 import { Generation } from '../../../common/services.js';
 import type { GenerationHandlers } from '../../../proto/generated/tandem/v1/Generation.js';
 import type { RequestOptions__Output } from '../../../proto/generated/tandem/v1/RequestOptions.js';
-import type { Ticket } from '../../serving-loop.js';
+import type { Ticket } from '../../job.js';
 import { encodeDelta, encodeFinish, encodeScore } from '../encode.js';
 import type { CallContext } from '../service.js';
 import {
@@ -34,7 +34,8 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
           request: toGenerationRequest(call.request, limits),
           context: contextOf(call),
         }));
-        const ticket = started(service.generate(request, context, (delta) => writer.write(encodeDelta(delta))));
+        const prepared = await service.prepare(request, endOf(call));
+        const ticket = started(service.generate(prepared, context, (delta) => writer.write(encodeDelta(delta))));
         writer.write(encodeFinish(ticket.requestId, await ticket.done));
       }),
     Logits: (call) =>
@@ -53,7 +54,7 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
     Score: (call, callback) =>
       void answer(callback, log, async () => {
         const { request, context } = checked(api, () => ({ request: toScoreRequest(call.request, limits), context: contextOf(call) }));
-        const ticket = cancelWith(call, service.score(request, context));
+        const ticket = cancelWith(call, service.score(await service.prepareScore(request, endOf(call)), context));
         call.sendMetadata(requestIdMetadata(ticket));
         return encodeScore(await ticket.done);
       }),
@@ -65,13 +66,11 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
         );
         return {};
       }),
-    // Both hold up everything else meanwhile, about a second for each MiB of text: limits.maxTextBytes bounds it.
     Tokenize: (call, callback) =>
-      void answer(callback, log, () => {
-        const tokenizer = service.requireTokenizer();
+      void answer(callback, log, async () => {
         const text = checked(api, () => toTokenizeText(call.request, limits));
-        if (call.request.asPrompt) return { ids: tokenizer.encodePrompt(text) };
-        return { ids: tokenizer.encode(text, { dummyPrefix: !call.request.noDummyPrefix }) };
+        const { asPrompt, noDummyPrefix } = call.request;
+        return { ids: await service.tokenize(text, { asPrompt, dummyPrefix: !noDummyPrefix }, endOf(call)) };
       }),
     Detokenize: (call, callback) =>
       void answer(callback, log, () => {
@@ -112,8 +111,18 @@ function checked<T>(api: GrpcApi, check: () => T): T {
   }
 }
 
+/** Aborted when the client goes. */
+function endOf(call: Cancellable): AbortSignal {
+  const controller = new AbortController();
+  call.on('cancelled', () => controller.abort());
+  if (call.cancelled) controller.abort();
+  return controller.signal;
+}
+
+type Cancellable = { readonly cancelled: boolean; on(event: 'cancelled', listener: () => void): unknown };
+
 /** The request ends when its client goes. */
-function cancelWith<R>(call: { readonly cancelled: boolean; on(event: 'cancelled', listener: () => void): unknown }, ticket: Ticket<R>) {
+function cancelWith<R>(call: Cancellable, ticket: Ticket<R>) {
   call.on('cancelled', () => ticket.cancel());
   if (call.cancelled) ticket.cancel();
   return ticket;

@@ -1,6 +1,6 @@
 import { packageVersion } from '../../../common/package-root.js';
 import type { FinishReason, GenerationDelta, GenerationOutput, GenerationResult } from '../../generation/request.js';
-import type { Completed } from '../../serving-loop.js';
+import type { Completed } from '../../job.js';
 import type { RequestTimings } from '../../status/observer.js';
 import type { ChoicePart, ChoiceText } from './choice-text.js';
 import type { CompletionCall } from './completion-body.js';

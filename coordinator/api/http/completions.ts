@@ -5,7 +5,7 @@ import type { GenerateRequest__Output } from '../../../proto/generated/tandem/v1
 import type { Caller } from '../../access/caller.js';
 import type { GenerationDelta, GenerationRequest, GenerationResult } from '../../generation/request.js';
 import type { Limits } from '../../limits.js';
-import type { Ticket } from '../../serving-loop.js';
+import type { Ticket } from '../../job.js';
 import type { CallContext } from '../service.js';
 import { toCallContext, toGenerationRequest } from '../validate.js';
 import { type ChoicePart, ChoiceText, echoPart } from './choice-text.js';
@@ -16,7 +16,7 @@ import type { HttpApi } from './http-api.js';
 import { toHttpError } from './http-error.js';
 import { checkModel } from './models.js';
 import type { RequestGroups } from './request-groups.js';
-import { runRequests } from './run-requests.js';
+import { endOf, runRequests } from './run-requests.js';
 import { TokenTexts } from './token-texts.js';
 
 /** POST /v1/completions as OpenAI documents it, and what GLM has more: blanks. */
@@ -32,10 +32,15 @@ export function addCompletionRoute(app: FastifyInstance, api: HttpApi, groups: R
     });
     checkModel(api, call.model);
     const id = call.requestId ?? request.id;
-    const jobs = toJobs(call, id, request.caller, service.limits);
+    const asked = toJobs(call, id, request.caller, service.limits);
+    const prepared = await service.prepareAll(
+      asked.map((job) => job.request),
+      endOf(reply),
+    );
+    const jobs = asked.map((job, i) => ({ ...job, request: prepared[i]! }));
     void reply.header('x-request-id', id);
 
-    const echoes = call.requests.map((wire) => (call.echo ? echoOf(wire, call, tokens, tokenizer) : null));
+    const echoes = call.requests.map((wire, i) => (call.echo ? echoOf(wire, jobs[i]!.request, call, tokens, tokenizer) : null));
     const choices = jobs.map(({ request }, i) => Array.from({ length: request.n }, () => new ChoiceText(tokens, echoes[i]!)));
     const answer = new CompletionAnswer(id, service.modelName, call, choices);
     const submits = (onDelta: OnDelta) =>
@@ -71,9 +76,15 @@ function toJobs(call: CompletionCall, id: string, caller: Caller, limits: Limits
   }
 }
 
-function echoOf(wire: GenerateRequest__Output, call: CompletionCall, tokens: TokenTexts, tokenizer: Tokenizer | null): ChoicePart {
+function echoOf(
+  wire: GenerateRequest__Output,
+  { prompt }: GenerationRequest,
+  call: CompletionCall,
+  tokens: TokenTexts,
+  tokenizer: Tokenizer | null,
+): ChoicePart {
   const text = wire.text ?? tokenizer?.detokenize(wire.ids!.ids) ?? '';
-  const ids = call.logprobs === null ? null : (wire.ids?.ids ?? tokenizer?.encodePrompt(text) ?? []);
+  const ids = call.logprobs === null ? null : (prompt.ids ?? tokenizer?.encodePrompt(text) ?? []);
   return echoPart(tokens, text, ids);
 }
 

@@ -13,7 +13,7 @@ import { EMPTY_REQUEST, inFieldsOf } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
 import { optional, parseBody } from './parse-body.js';
 import type { RequestGroups } from './request-groups.js';
-import { runRequests } from './run-requests.js';
+import { endOf, runRequests } from './run-requests.js';
 
 export function addFasterTransformerRoute(app: FastifyInstance, { service }: HttpApi, groups: RequestGroups): void {
   app.post('/generate', async (request, reply) => {
@@ -24,14 +24,18 @@ export function addFasterTransformerRoute(app: FastifyInstance, { service }: Htt
         context: toCallContext({ requestId: `${request.id}-${i}`, priority: 0, timeoutMs: 0 }, request.caller),
       })),
     );
+    const prepared = await service.prepareAll(
+      jobs.map((job) => job.request),
+      endOf(reply),
+    );
     const ids = jobs.map(({ context }) => context.requestId!);
     const results = await groups.run(request.id, ids, () =>
       runRequests(
         reply,
         jobs.map(
-          ({ request, context }) =>
+          ({ context }, i) =>
             () =>
-              service.generate(request, context, () => {}),
+              service.generate(prepared[i]!, context, () => {}),
         ),
       ),
     );

@@ -1,5 +1,13 @@
 import type { FastifyReply } from 'fastify';
-import type { Completed, Ticket } from '../../serving-loop.js';
+import type { Completed, Ticket } from '../../job.js';
+
+/** Aborted when the client goes. */
+export function endOf(reply: FastifyReply): AbortSignal {
+  const controller = new AbortController();
+  reply.raw.once('close', () => controller.abort());
+  if (reply.raw.destroyed) controller.abort();
+  return controller.signal;
+}
 
 /**
  * Runs the requests that one HTTP call comes to: all are taken or none. They end when the client goes, and when one of them fails.

@@ -5,6 +5,7 @@ import { inFieldsOf } from './completion-body.js';
 import type { HttpApi } from './http-api.js';
 import { checkModel } from './models.js';
 import { optional, parseBody } from './parse-body.js';
+import { endOf } from './run-requests.js';
 
 const tokenizeBody = z.strictObject({
   model: optional(z.string()),
@@ -23,13 +24,12 @@ const detokenizeBody = z.strictObject({
 /** The bodies are vLLM's. `add_special_tokens`, its default: the words of masks become their tokens, as in a prompt. */
 export function addTokenizerRoutes(app: FastifyInstance, api: HttpApi): void {
   const { service } = api;
-  app.post('/tokenize', (request) => {
+  app.post('/tokenize', async (request, reply) => {
     const { model, prompt, add_special_tokens } = parseBody(tokenizeBody, request.body);
     if (model !== undefined) checkModel(api, model);
-    const tokenizer = service.requireTokenizer();
     const asPrompt = add_special_tokens ?? true;
     const text = inNames({ text: 'prompt' }, () => toTokenizeText({ text: prompt, asPrompt, noDummyPrefix: false }, service.limits));
-    const tokens = asPrompt ? tokenizer.encodePrompt(text) : tokenizer.encode(text);
+    const tokens = await service.tokenize(text, { asPrompt, dummyPrefix: true }, endOf(reply));
     return { count: tokens.length, max_model_len: service.config.maxSequenceLength, tokens };
   });
   app.post('/detokenize', (request) => {
