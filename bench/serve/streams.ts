@@ -36,7 +36,8 @@ function runOnce({ progress }: BenchContext, repeat: number): Promise<StreamsRun
       const before = (await client.status()).totals!;
       const load = await tandemLoad(address, {
         concurrency: count,
-        requests: count === 1 ? 3 : count,
+        requests: count === 1 ? 10 : 2 * count,
+        'warm-up': count === 1 ? 3 : count, // the client's own code is compiled in it
         'output-tokens': OUTPUT_TOKENS,
         'prompt-tokens': PROMPT_TOKENS,
         seed: 1 + repeat * STREAMS.length + runs.length,
