@@ -271,11 +271,10 @@ export class ServingLoop {
       const plannedMs = this.now();
       try {
         const result = this.engine.step(engineStep);
-        const sentMs = this.now();
-        this.flush();
-        const flushMs = this.now() - sentMs;
+        const flushing = this.flushOnceSent();
         const answer = await result;
         const answeredMs = this.now();
+        const flushMs = flushing();
         const tokensBefore = this.totals.generatedTokens;
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
@@ -824,6 +823,25 @@ export class ServingLoop {
     });
     if (this.byRequestId.size === 0) for (const resolve of this.idle.splice(0)) resolve();
     return timings;
+  }
+
+  /**
+   * Node writes to sockets when the event loop comes round: handing tokens to many clients before that would keep the ranks waiting.
+   * @returns a function that makes sure it is done, and says how long it took
+   */
+  private flushOnceSent(): () => number {
+    let flushMs = 0;
+    const flush = (): void => {
+      const startMs = this.now();
+      this.flush();
+      flushMs += this.now() - startMs;
+    };
+    const immediate = setImmediate(flush);
+    return () => {
+      clearImmediate(immediate);
+      if (this.deferred.length > 0) flush();
+      return flushMs;
+    };
   }
 
   private flush(): void {

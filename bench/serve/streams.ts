@@ -51,7 +51,7 @@ function runOnce({ progress }: BenchContext, repeat: number): Promise<StreamsRun
         interTokenMs: load.latencyMs.interToken!,
         tokensPerStep: (after.generatedTokens - before.generatedTokens) / steps,
         workerMsPerStep: ((after.stepSeconds - before.stepSeconds) * 1000) / steps,
-        wallMsPerStep: load.durationMs / steps,
+        wallMsPerStep: ((after.generatedTokens - before.generatedTokens) / steps / load.throughput.outputTokensPerSecond) * 1000,
         isClientSaturated: load.client.isSaturated,
       });
       progress(`streams: ${count}: ${load.throughput.outputTokensPerSecond.toFixed(0)} tokens/s`);
