@@ -65,6 +65,8 @@ interface KeyState {
 
 interface PlannedRun extends Run {
   readonly pending: PendingRun;
+  /** Its tokens; the sequence may have more by the time that the results are in. */
+  readonly runTokens: number;
 }
 
 /** The run that goes through the layers over several steps. */
@@ -267,11 +269,10 @@ export class ServingLoop {
       const plannedMs = this.now();
       try {
         const result = this.engine.step(engineStep);
-        const sentMs = this.now();
-        this.flush();
-        const flushMs = this.now() - sentMs;
+        const flushing = this.flushOnceSent();
         const answer = await result;
         const answeredMs = this.now();
+        const flushMs = flushing();
         const tokensBefore = this.totals.generatedTokens;
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
@@ -362,7 +363,8 @@ export class ServingLoop {
         if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
         const run = prepareRun(sequence, this.blocks);
         for (const block of run.blockCopies) blockCopies.push(block);
-        return { sequence, firstToken: run.firstToken, blockCopies: run.blockCopies, pending }; // written out: a spread is slow
+        const { firstToken } = run;
+        return { sequence, firstToken, blockCopies: run.blockCopies, pending, runTokens: sequence.length - firstToken }; // written out: a spread is slow
       } catch (error) {
         this.fail(request, error); // a defect of one request is no reason to end the others
         return null;
@@ -390,9 +392,11 @@ export class ServingLoop {
         // Less than planned where a preempted request found its context still computed.
         const { numLayers, stepTokens } = this.stepLimits;
         const run = prepareOne(extend);
-        const runTokens = run ? runLength(run) : 0;
-        const endLayer = tokens + runTokens <= stepTokens ? numLayers : plan.slice.endLayer;
-        if (run) slice = { extend, run, runTokens, firstLayer: 0, endLayer, nextLayer: endLayer };
+        if (run) {
+          const { runTokens } = run;
+          const endLayer = tokens + runTokens <= stepTokens ? numLayers : plan.slice.endLayer;
+          slice = { extend, run, runTokens, firstLayer: 0, endLayer, nextLayer: endLayer };
+        }
       }
     }
     if (whole.length === 0 && !slice) return null;
@@ -517,11 +521,10 @@ export class ServingLoop {
     const stepMs = longest(ranks, 'computeMs');
     const allReduceMs = longest(ranks, 'collectiveMs');
     let decodeTokens = 0;
-    let prefillTokens = slice ? (runLength(slice.run) * (slice.endLayer - slice.firstLayer)) / this.stepLimits.numLayers : 0;
-    for (const run of whole) {
-      const length = runLength(run);
-      if (length === 1) decodeTokens += 1;
-      else prefillTokens += length;
+    let prefillTokens = slice ? (slice.run.runTokens * (slice.endLayer - slice.firstLayer)) / this.stepLimits.numLayers : 0;
+    for (const { runTokens } of whole) {
+      if (runTokens === 1) decodeTokens += 1;
+      else prefillTokens += runTokens;
     }
     this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
@@ -820,6 +823,25 @@ export class ServingLoop {
     return timings;
   }
 
+  /**
+   * Node writes to sockets when the event loop comes round: handing tokens to many clients before that would keep the ranks waiting.
+   * @returns a function that makes sure it is done, and says how long it took
+   */
+  private flushOnceSent(): () => number {
+    let flushMs = 0;
+    const flush = (): void => {
+      const startMs = this.now();
+      this.flush();
+      flushMs += this.now() - startMs;
+    };
+    const immediate = setImmediate(flush);
+    return () => {
+      clearImmediate(immediate);
+      if (this.deferred.length > 0) flush();
+      return flushMs;
+    };
+  }
+
   private flush(): void {
     if (this.deferred.length === 0) return;
     const callbacks = this.deferred;
@@ -867,10 +889,6 @@ function isBefore(a: ActiveRequest, b: ActiveRequest): boolean {
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
   return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
-}
-
-function runLength({ sequence, firstToken }: Run): number {
-  return sequence.length - firstToken;
 }
 
 function carriesTokens({ kind }: ExtendResult): boolean {

@@ -36,7 +36,8 @@ function runOnce({ progress }: BenchContext, repeat: number): Promise<StreamsRun
       const before = (await client.status()).totals!;
       const load = await tandemLoad(address, {
         concurrency: count,
-        requests: count === 1 ? 3 : count,
+        requests: count === 1 ? 10 : 2 * count,
+        'warm-up': count === 1 ? 3 : count, // the client's own code is compiled in it
         'output-tokens': OUTPUT_TOKENS,
         'prompt-tokens': PROMPT_TOKENS,
         seed: 1 + repeat * STREAMS.length + runs.length,
@@ -50,7 +51,7 @@ function runOnce({ progress }: BenchContext, repeat: number): Promise<StreamsRun
         interTokenMs: load.latencyMs.interToken!,
         tokensPerStep: (after.generatedTokens - before.generatedTokens) / steps,
         workerMsPerStep: ((after.stepSeconds - before.stepSeconds) * 1000) / steps,
-        wallMsPerStep: load.durationMs / steps,
+        wallMsPerStep: ((after.generatedTokens - before.generatedTokens) / steps / load.throughput.outputTokensPerSecond) * 1000,
         isClientSaturated: load.client.isSaturated,
       });
       progress(`streams: ${count}: ${load.throughput.outputTokensPerSecond.toFixed(0)} tokens/s`);

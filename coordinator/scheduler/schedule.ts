@@ -127,8 +127,9 @@ const MOST_BLOCKED = 16;
  *
  * Where blocks are short, the request that is worth least gives up its own and is computed again later: the lowest priority, then
  * of the key that holds most for its weight (of the blocks or of the sequences), then the newest. Nobody is preempted for a request that is worth
- * less. A waiting request preempts a lower priority, and a key that holds more than its share as long as that one keeps no less than the
- * newcomer's gets; nobody is preempted for a newcomer that then still has no room.
+ * less. A waiting request preempts a lower priority; and of a key that holds more than its share what is beyond it, or, while its own key has less
+ * than half of its share, as long as the other one keeps no less than the newcomer's gets. Nobody is preempted for a newcomer that then still has
+ * no room.
  */
 export function schedule<R extends RunningRequest, W extends WaitingRequest>(
   state: SchedulerState<R, W>,
@@ -184,6 +185,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   /** Tokens that each key may have in this step, where several share it; and has. */
   private shares: Map<string, number> | null = null;
   private readonly used = new Map<string, number>();
+  /** Of these, how many decoded ones. */
+  private decodeShares: Map<string, number> | null = null;
   private holdings: Map<string, Holding> | null = null;
   /** Of running requests; counting them takes a while. Filled with the holdings. */
   private readonly blocksOf = new Map<R, number>();
@@ -223,6 +226,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
     for (const { request, extend } of this.shareOut(decodes)) {
       if (this.run.length >= mostDecodes) break;
+      if (this.decodeShares && (this.used.get(request.key) ?? 0) >= this.decodeShares.get(request.key)!) continue;
       const needed = this.neededBlocks(extend);
       if (needed <= this.freeBlocks) this.take(request, extend, needed);
       else {
@@ -247,7 +251,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     return Math.min(tokens, this.limits.stepTokens);
   }
 
-  /** Those that run in this step; bounds the step where several keys share it. */
+  /** In the order in which they get their turn; bounds the step, and what each key has of it, where several keys share it. */
   private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
     const { running, stepCost } = this.state;
     const first = running[0]?.key ?? [...this.lanes.keys()][0];
@@ -271,7 +275,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     this.stepTokens = fair;
 
     this.shares = new Map();
-    const taken: Decode<R>[] = [];
+    this.decodeShares = new Map();
+    const inTurn: Decode<R>[] = [];
     const wanted = new Map([...byKey].map(([key, own]) => [key, own.length + this.longTokens(key)]));
     const modestFirst = [...byKey].sort(([a], [b]) => wanted.get(a)! / this.weight(a) - wanted.get(b)! / this.weight(b));
     let room = fair;
@@ -282,11 +287,12 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
       weights -= this.weight(key);
 
       const isLongLeft = wanted.get(key)! > own.length;
-      const count = Math.min(own.length, Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1))));
+      const count = Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1)));
+      this.decodeShares.set(key, count);
       if (own.length > count) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
-      for (let i = 0; i < count; i++) taken.push(own[i]!);
+      for (const decode of own) inTurn.push(decode);
     }
-    return taken;
+    return inTurn;
   }
 
   /** What is left in this step for a key. */
@@ -516,17 +522,24 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     if (worst.priority !== priority) return worst.priority < priority;
     if (worst.key === key) return false;
     const left = this.share(worst.key, holdings, -this.blocksOf.get(worst)!, -worst.maxSequences);
-    return left >= this.share(key, holdings, neededBlocks, maxSequences);
+    const gained = this.share(key, holdings, neededBlocks, maxSequences);
+    // Keys that have about their shares would preempt each other's requests for ever.
+    return left >= gained && (left >= this.fairShare || gained <= this.fairShare / 2);
   }
 
-  /** Whether its key then holds no more than its share of the server. */
-  private isWithinShare({ key, neededBlocks, maxSequences }: W): boolean {
+  /** Of a key that wants as much as there is, over its weight. */
+  private get fairShare(): number {
     if (this.totalWeight === 0) {
       const active = new Set(this.state.running.map((each) => each.key));
       for (const [first] of this.state.queues) if (first) active.add(first.key);
       for (const each of active) this.totalWeight += this.weight(each);
     }
-    return this.share(key, this.heldByKeys(), neededBlocks, maxSequences) <= 1 / this.totalWeight;
+    return 1 / this.totalWeight;
+  }
+
+  /** Whether its key then holds no more than its share of the server. */
+  private isWithinShare({ key, neededBlocks, maxSequences }: W): boolean {
+    return this.share(key, this.heldByKeys(), neededBlocks, maxSequences) <= this.fairShare;
   }
 
   /** What a key holds (and would hold with so much more) of all blocks or all sequences, whichever is more, over its weight. */

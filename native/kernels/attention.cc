@@ -86,8 +86,8 @@ void Attention(Isa isa, const float* q, const AttentionRow* rows, int64_t m, con
   const int64_t row_groups = (m + kUnitRows - 1) / kUnitRows;
   const auto body = [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / row_groups;
-      const int64_t group_begin = unit % row_groups * kUnitRows, group_end = std::min(group_begin + kUnitRows, m);
+      const int64_t head = unit % kv.num_heads;  // neighbours in a block, so what is fetched too far is not fetched in vain
+      const int64_t group_begin = unit / kv.num_heads * kUnitRows, group_end = std::min(group_begin + kUnitRows, m);
       for (int64_t i = group_begin; i < group_end;) {
         int64_t next = i + 1;
         while (next < group_end && rows[next].block_table == rows[i].block_table) ++next;
