@@ -191,8 +191,8 @@ export class ServingLoop {
       } catch (error) {
         this.fail(request, error);
       }
-      this.notify();
     }
+    this.notify();
     return {
       requestId: job.requestId,
       done: done as Promise<Completed<R>>,
@@ -738,6 +738,7 @@ export class ServingLoop {
     if (!(error instanceof TandemError)) this.log.error({ err: error }, 'serving ended by a defect');
     this.engineLost = toTandemError(error);
     this.failAll(this.engineLost);
+    this.flush(); // the loop may have ended
   }
 
   private endLater(request: ActiveRequest, reason: TandemError): void {
@@ -764,7 +765,7 @@ export class ServingLoop {
   private finish(request: ActiveRequest, value: unknown): void {
     this.totals.finished += 1;
     const timings = this.end(request, 'finished', null);
-    request.resolve({ value, timings, cachedPromptTokens: request.cachedPromptTokens });
+    this.defer(() => request.resolve({ value, timings, cachedPromptTokens: request.cachedPromptTokens })); // behind its last tokens
   }
 
   private fail(request: ActiveRequest, error: unknown): void {
@@ -774,7 +775,7 @@ export class ServingLoop {
     if (!(error instanceof TandemError)) this.log.error({ requestId, err: error }, 'a request failed by a defect');
     const typed = toTandemError(error);
     this.end(request, outcome, typed);
-    request.reject(typed);
+    this.defer(() => request.reject(typed));
   }
 
   private end(request: ActiveRequest, outcome: 'finished' | 'failed' | 'cancelled' | 'expired', error: TandemError | null): RequestTimings {

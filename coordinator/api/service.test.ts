@@ -136,6 +136,15 @@ describe('prepare', () => {
     expect(rejected).toEqual(['queue_full']);
   });
 
+  test('is done when its client has all of its tokens', async () => {
+    const tokens: number[] = [];
+    const other = service.generate({ ...generationOf(ofText('Other')), maxNewTokens: 100, endTokens: [] }, CONTEXT, () => {}); // steps go on
+    const { done } = service.generate(generationOf(ofText('Hello')), CONTEXT, (delta) => tokens.push(...delta.tokens));
+    const { value } = await done;
+    expect(tokens).toHaveLength(value.generatedTokens);
+    await other.done;
+  });
+
   test('can be cancelled', async () => {
     const cancel = new AbortController();
     const preparing = rejection(service.prepare(generationOf(ofText(BLANKS)), cancel.signal));
