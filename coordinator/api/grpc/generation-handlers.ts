@@ -88,7 +88,8 @@ type OptionsCall = Pick<
 
 /** @throws InvalidRequestError, ForbiddenError, DeadlineError */
 function contextOf(call: OptionsCall): CallContext {
-  const context = toCallContext(call.request.options, callerOf(call));
+  const [traceParent] = call.metadata.get('traceparent');
+  const context = { ...toCallContext(call.request.options, callerOf(call)), traceParent: traceParent?.toString() ?? null };
   const leftMs = untilMs(call.getDeadline());
   if (leftMs === null) return context;
   if (leftMs <= 0) throw new DeadlineError('the deadline of the call has passed');

@@ -32,12 +32,14 @@ export function addCompletionRoute(app: FastifyInstance, api: HttpApi, groups: R
     });
     checkModel(api, call.model);
     const id = call.requestId ?? request.id;
+    const { traceparent } = request.headers;
+    const traceParent = typeof traceparent === 'string' ? traceparent : null;
     const asked = toJobs(call, id, request.caller, service.limits);
     const prepared = await service.prepareAll(
       asked.map((job) => job.request),
       endOf(reply),
     );
-    const jobs = asked.map((job, i) => ({ ...job, request: prepared[i]! }));
+    const jobs = asked.map(({ context }, i) => ({ request: prepared[i]!, context: { ...context, traceParent } }));
     void reply.header('x-request-id', id);
 
     const echoes = call.requests.map((wire, i) => (call.echo ? echoOf(wire, jobs[i]!.request, call, tokens, tokenizer) : null));
