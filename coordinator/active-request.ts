@@ -122,3 +122,14 @@ export class PendingRun implements PendingExtend {
     return sequence.settledTokens === 0 && sequence.contextKey !== null ? this.contexts.find(sequence.contextKey) : null;
   }
 }
+
+/** Highest priority first, then oldest. */
+export function insertByRank(list: ActiveRequest[], request: ActiveRequest): void {
+  let at = list.length;
+  while (at > 0 && isBefore(request, list[at - 1]!)) at -= 1;
+  list.splice(at, 0, request);
+}
+
+function isBefore(a: ActiveRequest, b: ActiveRequest): boolean {
+  return a.priority !== b.priority ? a.priority > b.priority : a.id < b.id;
+}

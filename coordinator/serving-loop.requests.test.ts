@@ -422,7 +422,7 @@ test('a callback may cancel while there are no workers', async () => {
 
 test('names of keys that have come and gone are forgotten', async () => {
   const { loop } = start({ kvBlocks: 4096 });
-  const keys = (loop as unknown as { keys: Map<string, unknown> }).keys;
+  const { keys } = (loop as unknown as { queue: { keys: Map<string, unknown> } }).queue;
   for (let i = 0; i < 3000; i += 100) {
     const tickets = Array.from({ length: 100 }, (_, j) => {
       const shape = { prompt: 1, newTokens: 1, samples: 1 };

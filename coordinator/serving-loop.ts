@@ -5,16 +5,15 @@ import {
   InvalidRequestError,
   NotFoundError,
   NotReadyError,
-  QueueFullError,
-  RateLimitedError,
   TandemError,
   WorkerLostError,
 } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
-import { ActiveRequest, PendingRun } from './active-request.js';
+import { ActiveRequest, insertByRank, PendingRun } from './active-request.js';
 import { contextKeyOf } from './context-key.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
+import { type QueueLimits, RequestQueue } from './request-queue.js';
 import { BlockManager } from './scheduler/block-manager.js';
 import { ContextCache } from './scheduler/context-cache.js';
 import { schedule, type SliceUnderWay, type StepLimits, type StepPlan } from './scheduler/schedule.js';
@@ -33,34 +32,14 @@ import {
   type Run,
   type SequenceState,
 } from './scheduler/sequence.js';
-import { MovingRate } from './scheduler/moving-rate.js';
 import { StepCostTable } from './scheduler/step-cost.js';
-import { TokenBucket } from './scheduler/token-bucket.js';
 import type { Completed, Job, Ticket } from './job.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
 
-export interface LoopLimits extends Omit<StepLimits, 'numLayers'> {
+export interface LoopLimits extends Omit<StepLimits, 'numLayers'>, QueueLimits {
   /** KV blocks of contexts that nobody uses at the moment. */
   readonly contextCacheBlocks: number;
-  readonly maxQueuedRequests: number;
-  readonly maxQueuedTokens: number;
-  readonly maxStreamsPerKey: number;
-  /** 0: any. */
-  readonly maxTokensPerMinute: number;
-}
-
-/** What the loop knows of an API key. */
-interface KeyState {
-  readonly name: string;
-  weight: number;
-  /** Virtual token counter. */
-  counter: number;
-  /** Highest priority first, then oldest. */
-  readonly queue: ActiveRequest[];
-  /** Requests that wait or run. */
-  streams: number;
-  bucket: TokenBucket | null;
 }
 
 interface PlannedRun extends Run {
@@ -84,9 +63,6 @@ interface PlannedStep {
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
-const LEAST_RETRY_MS = 1000;
-const RATE_WINDOW_MS = 10_000;
-const MOST_RETRY_MS = 60_000;
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -95,8 +71,7 @@ const MOST_RETRY_MS = 60_000;
 export class ServingLoop {
   private readonly blocks: BlockManager;
   private readonly contexts: ContextCache;
-  private readonly keys = new Map<string, KeyState>();
-  private lastAdmitted: KeyState | null = null;
+  private readonly queue: RequestQueue;
   private readonly byRequestId = new Map<string, ActiveRequest>();
   /** Highest priority first, then oldest. */
   private readonly running: ActiveRequest[] = [];
@@ -109,8 +84,6 @@ export class ServingLoop {
   private deferred: (() => void)[] = [];
   private nextId = 1;
   private nextSequenceId = 1;
-  private queuedRequests = 0;
-  private queuedTokens = 0;
   private readonly totals = {
     finished: 0,
     failed: 0,
@@ -131,9 +104,6 @@ export class ServingLoop {
   private idle: (() => void)[] = [];
   /** Set when the engine is gone for good. */
   private engineLost: TandemError | null = null;
-  /** How fast the backlog goes, measured while there are steps. */
-  private readonly endRate = new MovingRate(RATE_WINDOW_MS);
-  private busyMs = 0;
   private readonly stepCost = new StepCostTable();
   private readonly stepLimits: StepLimits;
   private readonly loop: Promise<void>;
@@ -148,6 +118,7 @@ export class ServingLoop {
     const { kvBlocks, blockSize, numLayers } = engine.capacity;
     this.blocks = new BlockManager(kvBlocks, blockSize);
     this.contexts = new ContextCache(this.blocks, Math.min(limits.contextCacheBlocks, kvBlocks));
+    this.queue = new RequestQueue(limits);
     const { stepTokens, maxBatchTokens, maxExtends } = limits;
     this.stepLimits = { stepTokens, maxBatchTokens, maxExtends, numLayers };
     this.loop = this.run().catch((error: unknown) => this.giveUp(error));
@@ -155,7 +126,7 @@ export class ServingLoop {
 
   /** Queues a request. Its strategy runs up to its first Extends at once, so whatever it refuses is thrown here. */
   submit<R>(job: Job<R>): Ticket<R> {
-    const key = this.keyOf(job);
+    const key = this.queue.keyOf(job, this.now());
     let resolve!: (value: Completed<unknown>) => void;
     let reject!: (error: Error) => void;
     const done = new Promise<Completed<unknown>>((yes, no) => {
@@ -166,20 +137,18 @@ export class ServingLoop {
     let request: ActiveRequest;
     let first: IteratorResult<readonly ExtendOp[], R>;
     try {
-      this.checkAdmission(job, key);
+      this.checkAdmission(job);
+      this.queue.check(job, key, this.now());
       request = new ActiveRequest(this.nextId++, job, this.now(), resolve, reject, this.blocks);
       const strategy = job.start(this.sequencesOf(request));
       request.strategy = strategy;
       first = strategy.next();
     } catch (error) {
-      this.forgetIfIdle(key);
+      this.queue.forgetIfIdle(key);
       throw error;
     }
-    if (key.queue.length === 0) this.activate(key);
-    key.streams += 1;
-    key.bucket?.take(job.promptTokens, request.arrivalMs);
     this.byRequestId.set(job.requestId, request);
-    this.enqueue(request);
+    this.queue.take(request, key);
     if (job.timeoutMs !== null) {
       const expire = (): void => this.endLater(request, new DeadlineError(`not done within its ${job.timeoutMs} ms`));
       request.deadline = setTimeout(expire, Math.min(job.timeoutMs, 2 ** 31 - 1)).unref();
@@ -239,8 +208,8 @@ export class ServingLoop {
     return {
       ...this.totals,
       running: this.running.length,
-      queued: this.queuedRequests,
-      queuedTokens: this.queuedTokens,
+      queued: this.queue.requests,
+      queuedTokens: this.queue.tokens,
       kv: { blockSize, totalBlocks, usedBlocks, cachedBlocks, freeBlocks, peakUsedBlocks },
       contextCache: this.contexts.stats,
       active: this.listActive(),
@@ -331,13 +300,11 @@ export class ServingLoop {
 
   private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
     const suspect = this.running.find(({ lostSteps }) => lostSteps >= SUSPECT_AFTER);
-    const queues: ActiveRequest[][] = [];
-    if (!suspect && this.queuedRequests > 0) for (const { queue } of this.keys.values()) if (queue.length > 0) queues.push(queue);
     return schedule(
       {
         running: suspect ? [suspect] : this.running,
-        queues,
-        keys: this.keys,
+        queues: suspect ? [] : this.queue.queues,
+        keys: this.queue.keys,
         slice: this.slice,
         freeBlocks: this.blocks.availableBlocks,
         totalBlocks: this.blocks.totalBlocks,
@@ -401,10 +368,7 @@ export class ServingLoop {
     }
     if (whole.length === 0 && !slice) return null;
     this.carriedCopies = [];
-    for (const [name, charge] of plan.charges) {
-      const key = this.keys.get(name); // its last request may have failed just now
-      if (key) key.counter += charge;
-    }
+    this.queue.charge(plan.charges);
     return { whole, slice, blockCopies };
   }
 
@@ -457,7 +421,7 @@ export class ServingLoop {
   private apply({ whole, slice }: PlannedStep, { results, ranks }: EngineStepResult, startMs: number): void {
     const nowMs = this.now();
     this.totals.steps += 1;
-    this.busyMs += nowMs - startMs;
+    this.queue.stepped(nowMs - startMs);
     this.totals.stepSeconds += longest(ranks, 'computeMs') / 1000;
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 
@@ -506,7 +470,7 @@ export class ServingLoop {
     if (tokens === 0 && request.results[0]!.kind === 'candidates') tokens = 1; // of the best beam
     request.generatedTokens += tokens;
     this.totals.generatedTokens += tokens;
-    this.keys.get(request.key)!.bucket?.take(tokens, nowMs);
+    this.queue.generated(request, tokens, nowMs);
   }
 
   private observe(
@@ -589,8 +553,7 @@ export class ServingLoop {
   }
 
   /** @throws TandemError */
-  private checkAdmission({ requestId, caller, promptTokens, maxBlocks }: Job<unknown>, key: KeyState): void {
-    const { limits } = this;
+  private checkAdmission({ requestId, maxBlocks }: Job<unknown>): void {
     if (this.closed) throw new NotReadyError('the server is shutting down');
     if (this.draining) throw new NotReadyError('the server is draining and takes no new requests: ask another one');
     if (this.engineLost) throw new NotReadyError(this.engineLost.message);
@@ -603,83 +566,12 @@ export class ServingLoop {
     if (this.byRequestId.has(requestId)) {
       throw new InvalidRequestError(`a request with the id ${requestId} waits or runs already: give another`, 'options.request_id');
     }
-    const maxStreams = Math.min(caller.maxStreams ?? Infinity, limits.maxStreamsPerKey);
-    if (key.streams >= maxStreams) {
-      throw new RateLimitedError(
-        `${of(key)} has ${key.streams} requests under way, allowed are ${maxStreams}: wait for one to end`,
-        this.retryAfterMs(1),
-      );
-    }
-    const waitMs = key.bucket?.waitMs(promptTokens, this.now()) ?? 0;
-    if (waitMs > 0) {
-      throw new RateLimitedError(
-        `${of(key)} has used up its ${key.bucket!.perMinute} tokens per minute, the prompt has ${promptTokens}: try again in ${Math.ceil(waitMs / 1000)} s`,
-        waitMs,
-      );
-    }
-    const retryMs = this.retryAfterMs(this.queuedRequests);
-    const retry = `try again in ${Math.ceil(retryMs / 1000)} s`;
-    if (this.queuedRequests >= limits.maxQueuedRequests) {
-      throw new QueueFullError(
-        `${this.queuedRequests} requests are waiting, the queue takes ${limits.maxQueuedRequests}: ${retry}`,
-        retryMs,
-      );
-    }
-    if (this.queuedRequests > 0 && this.queuedTokens + promptTokens > limits.maxQueuedTokens) {
-      throw new QueueFullError(
-        `prompts of ${this.queuedTokens} tokens are waiting, the queue takes ${limits.maxQueuedTokens} and this one has ${promptTokens}: ${retry}`,
-        retryMs,
-      );
-    }
-  }
-
-  /** When so many requests will have left, as fast as they do now. */
-  private retryAfterMs(requests: number): number {
-    const perMs = this.endRate.at(this.busyMs);
-    return Math.min(MOST_RETRY_MS, Math.max(LEAST_RETRY_MS, perMs > 0 ? requests / perMs : 0));
-  }
-
-  private keyOf({ caller }: Job<unknown>): KeyState {
-    const perMinute = Math.min(caller.maxTokensPerMinute ?? Infinity, this.limits.maxTokensPerMinute || Infinity);
-    let key = this.keys.get(caller.name);
-    if (!key) this.keys.set(caller.name, (key = { name: caller.name, weight: 1, counter: 0, queue: [], streams: 0, bucket: null }));
-    key.weight = caller.weight;
-    if (key.bucket?.perMinute !== perMinute) key.bucket = perMinute === Infinity ? null : new TokenBucket(perMinute, this.now());
-    return key;
-  }
-
-  /** A key that did not want more has no claim to what it did not use: its counter begins at the lowest of those who wait, or who was served last. */
-  private activate(key: KeyState): void {
-    let lowest = Infinity;
-    for (const each of this.keys.values()) if (each.queue.length > 0) lowest = Math.min(lowest, each.counter);
-    if (lowest === Infinity) lowest = this.lastAdmitted?.counter ?? 0;
-    key.counter = Math.max(key.counter, lowest);
-  }
-
-  /** Keys come from a file, but the last one may have been taken out of it. */
-  private forgetIfIdle(key: KeyState): void {
-    if (key.streams === 0 && !key.bucket && this.keys.size > 1000) this.keys.delete(key.name);
-  }
-
-  private enqueue(request: ActiveRequest): void {
-    insert(this.keys.get(request.key)!.queue, request);
-    request.state = 'waiting';
-    this.queuedRequests += 1;
-    this.queuedTokens += request.job.promptTokens;
-  }
-
-  private dequeue(request: ActiveRequest): void {
-    const { queue } = this.keys.get(request.key)!;
-    queue.splice(queue.indexOf(request), 1);
-    this.queuedRequests -= 1;
-    this.queuedTokens -= request.job.promptTokens;
   }
 
   private admit(request: ActiveRequest): void {
-    this.dequeue(request);
-    this.lastAdmitted = this.keys.get(request.key)!;
+    this.queue.admit(request);
     request.state = 'running';
-    insert(this.running, request);
+    insertByRank(this.running, request);
     if (!request.isPreempted) return;
     request.isPreempted = false;
     restoreSequences(request.sequences.values(), this.blocks, (key) => this.contexts.find(key));
@@ -695,7 +587,7 @@ export class ServingLoop {
     request.preemptions += 1;
     this.totals.preemptions += 1;
     this.observer.preempted();
-    this.enqueue(request);
+    this.queue.enqueue(request);
   }
 
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
@@ -782,7 +674,7 @@ export class ServingLoop {
     const { job, arrivalMs } = request;
     const endMs = this.now();
     if (error) request.strategy.return(undefined); // its `finally`s run; what it still holds is released below
-    if (request.state === 'waiting') this.dequeue(request);
+    if (request.state === 'waiting') this.queue.dequeue(request);
     else this.running.splice(this.running.indexOf(request), 1);
     request.state = 'ended';
     if (this.slice?.run.pending.request === request) this.slice = null;
@@ -793,11 +685,8 @@ export class ServingLoop {
     request.sequences.clear();
     request.pending = [];
     if (request.deadline) clearTimeout(request.deadline);
-    const key = this.keys.get(request.key)!;
-    key.streams -= 1;
-    this.forgetIfIdle(key);
     this.byRequestId.delete(job.requestId);
-    this.endRate.count(this.busyMs);
+    this.queue.ended(request);
 
     const firstStepMs = request.firstStepMs ?? endMs;
     const firstResultMs = request.firstResultMs ?? endMs;
@@ -877,17 +766,6 @@ export class ServingLoop {
   }
 }
 
-/** Highest priority first, then oldest. */
-function insert(list: ActiveRequest[], request: ActiveRequest): void {
-  let at = list.length;
-  while (at > 0 && isBefore(request, list[at - 1]!)) at -= 1;
-  list.splice(at, 0, request);
-}
-
-function isBefore(a: ActiveRequest, b: ActiveRequest): boolean {
-  return a.priority !== b.priority ? a.priority > b.priority : a.id < b.id;
-}
-
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
   return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
 }
@@ -900,10 +778,6 @@ function longest(ranks: EngineStepResult['ranks'], field: 'computeMs' | 'collect
   let most = 0;
   for (const rank of ranks) most = Math.max(most, rank[field]);
   return most;
-}
-
-function of({ name }: KeyState): string {
-  return name === '' ? 'this server' : `key ${name}`;
 }
 
 function toTandemError(error: unknown): TandemError {
