@@ -32,7 +32,10 @@ export function* generate(
   const limit = rowLimit(request, context, model.config);
   const job = { request, model, sequences, emit, context, limit };
 
-  const filled = request.beams === null ? yield* sampleAll(job) : [yield* searchAll(job)];
+  // Every generator in between costs time on every token, and most requests have one sample.
+  let filled: readonly FilledOutput[];
+  if (request.beams !== null) filled = [yield* searchAll(job)];
+  else filled = request.n === 1 ? [yield* sampleOne(job, 0, null)] : yield* sampleAll(job);
   return {
     outputs: filled.map(({ output }) => output),
     promptTokens: limit.contextLength - 1,
@@ -107,7 +110,6 @@ function* sampleAll(job: Job): Strategy<FilledOutput[]> {
   const { request, sequences, context } = job;
   const samples = Array.from({ length: request.n }, (_, sample) => sample);
   const first = blankAt(context.row, job);
-  if (request.n === 1) return [yield* sampleOne(job, 0, null)];
   if (roomAt(first, job) === 0) return yield* parallel(samples.map((sample) => sampleOne(job, sample, null)));
   const forks = yield* sharedPrefill(sequences, first.context, request.n);
   return yield* parallel(samples.map((sample) => sampleOne(job, sample, forks[sample]!)));
@@ -137,15 +139,19 @@ function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strat
   return { output, generatedTokens: draws };
 }
 
-function* sampleBlank(
+function* noSpan(): Strategy<SpanResult> {
+  return { tokens: [], text: '', finish: 'length', draws: 0 };
+}
+
+function sampleBlank(
   job: Job,
   context: BlankContext,
   at: { sample: number; blank: number; draws: number; logitChanges: LogitChanges; sequence: Sequence | null; cached: number },
 ): Strategy<SpanResult> {
   const { request, model, sequences } = job;
   const maxNewTokens = roomFor(context.tokens.length, job.limit, request.maxNewTokens);
-  if (maxNewTokens === 0) return { tokens: [], text: '', finish: 'length', draws: 0 };
-  return yield* sampleSpan(sequences, at.sequence ?? sequences.create(), at.cached, {
+  if (maxNewTokens === 0) return noSpan();
+  return sampleSpan(sequences, at.sequence ?? sequences.create(), at.cached, {
     context,
     sampling: request.sampling,
     logitChanges: at.logitChanges,
