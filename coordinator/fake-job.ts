@@ -10,6 +10,16 @@ export interface Shape {
   readonly samples: number;
 }
 
+/** Once round the event loop: a step of the fake engine at most. */
+export const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
+
+export async function turnsUntil(isTrue: () => boolean): Promise<void> {
+  for (let i = 0; !isTrue(); i++) {
+    if (i === 10_000) throw new Error('it never came to that');
+    await turn();
+  }
+}
+
 /** For tests of the loop: prefill, then `samples` forks that decode `newTokens` each; the seed makes requests of equal shape different. */
 export function fakeJob({ prompt, newTokens, samples }: Shape, seed: number, changes: Partial<Job<number[][]>> = {}): Job<number[][]> {
   function* strategy(sequences: Sequences): Strategy<number[][]> {

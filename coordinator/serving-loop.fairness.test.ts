@@ -1,6 +1,6 @@
 import { afterEach, expect, test } from 'vitest';
 import { createLogger } from '../common/log.js';
-import { BLOCK_SIZE, callerNamed, fakeJob, type Shape } from './fake-job.js';
+import { BLOCK_SIZE, callerNamed, fakeJob, type Shape, turn } from './fake-job.js';
 import type { EngineStep, EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
@@ -60,8 +60,6 @@ function start(kvBlocks = 200): { loop: ServingLoop; engine: VirtualTimeEngine }
   open.push(loop);
   return { loop, engine };
 }
-
-const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
 const MODEST: Shape = { prompt: 24, newTokens: 16, samples: 1 };
 const GREEDY: Shape = { prompt: 96, newTokens: 64, samples: 1 };

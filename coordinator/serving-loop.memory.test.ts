@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { afterEach, expect, test } from 'vitest';
 import { createLogger } from '../common/log.js';
-import { callerNamed } from './fake-job.js';
+import { callerNamed, turn } from './fake-job.js';
 import { generate } from './generation/blank-filling.js';
 import { letterModel, LETTERS, requestOf } from './generation/letter-model.js';
 import type { GenerationRequest, GenerationResult, Mode, ScoreRequest, ScoreResult } from './generation/request.js';
@@ -146,8 +146,6 @@ test('and after epochs that were lost', async () => {
     { numRuns: 150 },
   );
 });
-
-const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
 test('requests that do not fit beside each other take turns, and give what they give alone', async () => {
   const seen = { preemptions: 0, hits: 0 };

@@ -1,7 +1,7 @@
 import { afterEach, expect, test } from 'vitest';
 import { EngineError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
-import { BLOCK_SIZE, callerNamed, fakeJob, type Shape, wantedSample } from './fake-job.js';
+import { BLOCK_SIZE, callerNamed, fakeJob, type Shape, wantedSample, turn, turnsUntil } from './fake-job.js';
 import type { Sequences, Strategy } from './generation/strategy.js';
 import { EpochEndedError, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
@@ -42,15 +42,6 @@ function start(kvBlocks = 256, changes: Partial<typeof limits> = {}): { loop: Se
   const loop = new ServingLoop(engine, { ...limits, ...changes }, log);
   open.push(loop);
   return { loop, engine };
-}
-
-const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
-
-async function turnsUntil(isTrue: () => boolean): Promise<void> {
-  for (let i = 0; !isTrue(); i++) {
-    if (i === 10_000) throw new Error('it never came to that');
-    await turn();
-  }
 }
 
 async function alone(shape: Shape, seed: number): Promise<number[][]> {

@@ -9,7 +9,7 @@ import {
   RateLimitedError,
 } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
-import { BLOCK_SIZE, callerNamed, fakeJob, type Shape } from './fake-job.js';
+import { BLOCK_SIZE, callerNamed, fakeJob, type Shape, turn, turnsUntil } from './fake-job.js';
 import { EpochEndedError, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
@@ -55,15 +55,6 @@ function start(options: Options = {}): { loop: ServingLoop; engine: TimedEngine 
   const loop = new ServingLoop(engine, { ...limits, ...options.limits }, createLogger('test', 'silent'), observer, () => engine.nowMs);
   open.push(loop);
   return { loop, engine };
-}
-
-const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
-
-async function turnsUntil(isTrue: () => boolean): Promise<void> {
-  for (let i = 0; !isTrue(); i++) {
-    if (i === 10_000) throw new Error('it never came to that');
-    await turn();
-  }
 }
 
 async function alone(shape: Shape, seed: number): Promise<number[][]> {

@@ -2,7 +2,7 @@ import fc from 'fast-check';
 import { afterEach, expect, test } from 'vitest';
 import { CancelledError, EngineError, InvalidRequestError, NotReadyError, WorkerLostError } from '../common/errors.js';
 import { createLogger } from '../common/log.js';
-import { BLOCK_SIZE, fakeJob as job, type Shape } from './fake-job.js';
+import { BLOCK_SIZE, fakeJob as job, type Shape, turn } from './fake-job.js';
 import { EpochEndedError, type Engine, type EngineStep, type EngineStepResult } from './group/engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
 import { FakeEngine } from './group/fake-engine.js';
@@ -60,8 +60,6 @@ const lostSteps = fc.uniqueArray(
   fc.integer({ min: 0, max: 7 }).map((i) => 6 * i + 1),
   { maxLength: 4 },
 );
-
-const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
 test('whatever comes and goes, a request gives the tokens that it gives alone, and no block is lost', async () => {
   const seen = { preemptions: 0, hits: 0, sliced: 0, evictions: 0, cancelled: 0 };

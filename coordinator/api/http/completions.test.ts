@@ -205,7 +205,9 @@ describe('a stream', () => {
         ).toBe(text),
       );
     }
-    expect(chunks.at(-1)!.timings).toBeDefined();
+    const { timings } = chunks.at(-1)!;
+    expect(Object.keys(timings!)).toEqual(['queue_ms', 'prefill_ms', 'decode_ms', 'stall_ms']);
+    expect(Object.values(timings!).every((ms) => ms >= 0)).toBe(true);
     expect(new Set(chunks.map(({ id }) => id)).size).toBe(1);
   });
 
