@@ -239,10 +239,10 @@ function readWant(from: Reader) {
 }
 
 /** Halves of the last seed: mostly it is the same again, and 64-bit integers are slow. */
-const halves = { seed: 0n, low: 0, high: 0 };
+let halves = { seed: 0n, low: 0, high: 0 };
 
 function writeNoise(out: Writer, { seed, stream, position }: StepNoise): void {
-  if (seed !== halves.seed) Object.assign(halves, { seed, low: Number(seed & 0xffffffffn), high: Number(seed >> 32n) });
+  if (seed !== halves.seed) halves = { seed, low: Number(seed & 0xffffffffn), high: Number(seed >> 32n) };
   out.word(halves.low);
   out.word(halves.high);
   out.word(stream);
@@ -257,9 +257,12 @@ function readNoise(from: Reader): StepNoise {
 if (new Uint8Array(Uint32Array.of(1).buffer)[0] !== 1)
   throw new EngineError('this machine is big-endian; steps are sent as little-endian words');
 
+/** Of the last body that was written: the next one is mostly as long. */
+let lastWords = 1024;
+
 /** Words one after another; an array is its length and its elements, a text its length in bytes and its UTF-8 in whole words. */
 class Writer {
-  private buffer = new Uint32Array(1024);
+  private buffer = new Uint32Array(lastWords + (lastWords >> 2));
   private asFloats = new Float32Array(this.buffer.buffer);
   private at = 0;
 
@@ -274,17 +277,21 @@ class Writer {
   }
 
   words(values: ArrayLike<number>): void {
-    this.word(values.length);
-    if (this.at + values.length > this.buffer.length) this.grow(values.length);
-    this.buffer.set(values, this.at);
-    this.at += values.length;
+    const { length } = values;
+    this.word(length);
+    if (this.at + length > this.buffer.length) this.grow(length);
+    if (length > SHORT) this.buffer.set(values, this.at);
+    else for (let i = 0; i < length; i++) this.buffer[this.at + i] = values[i]!;
+    this.at += length;
   }
 
   floats(values: ArrayLike<number>): void {
-    this.word(values.length);
-    if (this.at + values.length > this.buffer.length) this.grow(values.length);
-    this.asFloats.set(values, this.at);
-    this.at += values.length;
+    const { length } = values;
+    this.word(length);
+    if (this.at + length > this.buffer.length) this.grow(length);
+    if (length > SHORT) this.asFloats.set(values, this.at);
+    else for (let i = 0; i < length; i++) this.asFloats[this.at + i] = values[i]!;
+    this.at += length;
   }
 
   text(value: string): void {
@@ -297,6 +304,7 @@ class Writer {
   }
 
   finish(): Uint8Array {
+    lastWords = Math.max(1024, this.at);
     return new Uint8Array(this.buffer.buffer, 0, this.at * 4);
   }
 
@@ -307,6 +315,12 @@ class Writer {
     this.asFloats = new Float32Array(larger.buffer);
   }
 }
+
+/** Up to so many elements a loop is faster than `set`. */
+const SHORT = 64;
+/** Most lists are empty, and a view takes its time to make. */
+const NO_WORDS = new Uint32Array();
+const NO_FLOATS = new Float32Array();
 
 class Reader {
   private readonly buffer: Uint32Array;
@@ -343,12 +357,14 @@ class Reader {
 
   words(): Uint32Array {
     const length = this.count();
+    if (length === 0) return NO_WORDS;
     this.at += length;
     return this.buffer.subarray(this.at - length, this.at);
   }
 
   floats(): Float32Array {
     const length = this.count();
+    if (length === 0) return NO_FLOATS;
     this.at += length;
     return this.asFloats.subarray(this.at - length, this.at);
   }

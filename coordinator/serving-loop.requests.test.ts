@@ -336,7 +336,7 @@ function emitting(loop: ServingLoop, seed: number, emit: (i: number) => void): R
       let state = inner.next();
       for (let i = 0; !state.done; i++) {
         const results = yield state.value;
-        loop.defer(() => emit(i));
+        loop.defer(emit, i);
         state = inner.next(results);
       }
       return state.value;
@@ -399,14 +399,14 @@ test('a callback may cancel while there are no workers', async () => {
   const ticket: Ticket<unknown> = loop.submit({
     ...job,
     start: (sequences) => {
-      loop.defer(() => (tokens += 1));
+      loop.defer((more) => (tokens += more), 1);
       return job.start(sequences);
     },
   });
   await turnsUntil(() => tokens === 1);
   // Comes between the loss and the sleep that follows it.
   for (let i = 0; i < 3; i++) await turn();
-  loop.defer(() => ticket.cancel());
+  loop.defer(ticket.cancel, undefined);
   loop.submit(fakeJob(SMALL, 2)).done.catch(() => {}); // wakes the loop, which then hands over what was deferred
   await expect(ticket.done).rejects.toThrow(CancelledError);
 });

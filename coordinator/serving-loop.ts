@@ -81,7 +81,9 @@ export class ServingLoop {
   /** Requests that are to end before the next step. */
   private ending: ActiveRequest[] = [];
   /** What strategies hand to clients, until the next step is on its way. */
-  private deferred: (() => void)[] = [];
+  private deferred: ((value: unknown) => void)[] = [];
+  /** What each of these is called with: a closure for every token costs more. */
+  private deferredValues: unknown[] = [];
   private nextId = 1;
   private nextSequenceId = 1;
   private readonly totals = {
@@ -199,8 +201,9 @@ export class ServingLoop {
   }
 
   /** Runs a client's callback once the next step is on its way, so that no rank waits for it. */
-  defer(callback: () => void): void {
-    this.deferred.push(callback);
+  defer<T>(callback: (value: T) => void, value: T): void {
+    this.deferred.push(callback as (value: unknown) => void);
+    this.deferredValues.push(value);
   }
 
   snapshot(): LoopSnapshot {
@@ -657,7 +660,7 @@ export class ServingLoop {
   private finish(request: ActiveRequest, value: unknown): void {
     this.totals.finished += 1;
     const timings = this.end(request, 'finished', null);
-    this.defer(() => request.resolve({ value, timings, cachedPromptTokens: request.cachedPromptTokens })); // behind its last tokens
+    this.defer(request.resolve, { value, timings, cachedPromptTokens: request.cachedPromptTokens }); // behind its last tokens
   }
 
   private fail(request: ActiveRequest, error: unknown): void {
@@ -667,7 +670,7 @@ export class ServingLoop {
     if (!(error instanceof TandemError)) this.log.error({ requestId, err: error }, 'a request failed by a defect');
     const typed = toTandemError(error);
     this.end(request, outcome, typed);
-    this.defer(() => request.reject(typed));
+    this.defer(request.reject, typed);
   }
 
   private end(request: ActiveRequest, outcome: 'finished' | 'failed' | 'cancelled' | 'expired', error: TandemError | null): RequestTimings {
@@ -734,11 +737,12 @@ export class ServingLoop {
 
   private flush(): void {
     if (this.deferred.length === 0) return;
-    const callbacks = this.deferred;
+    const { deferred, deferredValues } = this;
     this.deferred = [];
-    for (const callback of callbacks) {
+    this.deferredValues = [];
+    for (let i = 0; i < deferred.length; i++) {
       try {
-        callback();
+        deferred[i]!(deferredValues[i]);
       } catch (error) {
         this.log.error({ err: error }, 'handing tokens to a client failed by a defect');
       }

@@ -10,7 +10,8 @@ import { percentiles } from '../../cli/load/summary.js';
 import { createLogger } from '../../common/log.js';
 import { Generation } from '../../common/services.js';
 import { LOCAL_CALLER } from '../../coordinator/access/caller.js';
-import { encodeDelta, encodeFinish } from '../../coordinator/api/encode.js';
+import { encodeDelta } from '../../coordinator/api/encode-delta.js';
+import { encodeFinish } from '../../coordinator/api/encode.js';
 import { ServingService } from '../../coordinator/api/service.js';
 import { toGenerationRequest } from '../../coordinator/api/validate.js';
 import { DEFAULT_LIMITS } from '../../coordinator/limits.js';
@@ -117,7 +118,7 @@ async function serveClient(client: number): Promise<void> {
     const ticket = service.generate(
       toGenerationRequest(wire, DEFAULT_LIMITS),
       { caller: LOCAL_CALLER, requestId: null, priority: 0, timeoutMs: null },
-      (delta) => Generation.service.Generate.responseSerialize(encodeDelta(delta)),
+      (delta) => encodeDelta(delta),
     );
     if (!isMemoryRun) submitUs.push((performance.now() - startMs) * 1000);
     Generation.service.Generate.responseSerialize(encodeFinish(ticket.requestId, await ticket.done));

@@ -2,7 +2,7 @@
 import type { GenerateResponse } from '../../proto/generated/tandem/v1/GenerateResponse.js';
 import type { ScoreResponse } from '../../proto/generated/tandem/v1/ScoreResponse.js';
 import type { Timings } from '../../proto/generated/tandem/v1/Timings.js';
-import type { FinishReason, GenerationDelta, GenerationResult, ScoreResult } from '../generation/request.js';
+import type { FinishReason, GenerationResult, ScoreResult } from '../generation/request.js';
 import type { Completed } from '../job.js';
 import type { RequestTimings } from '../status/observer.js';
 
@@ -10,20 +10,6 @@ const FINISH_REASONS = { end: 'FINISH_REASON_END', stop: 'FINISH_REASON_STOP', l
   FinishReason,
   string
 >;
-
-const NO_LOGPROBS: NonNullable<GenerationDelta['logprobs']> = [];
-
-export function encodeDelta({ output, blank, text, tokens, logprobs }: GenerationDelta): GenerateResponse {
-  return {
-    delta: {
-      output,
-      blank,
-      text,
-      tokens: tokens as number[],
-      logprobs: (logprobs ?? NO_LOGPROBS).map(({ token, logprob, top }) => ({ token, logprob, top: [...top] })),
-    },
-  };
-}
 
 export function encodeFinish(requestId: string, { value, timings, cachedPromptTokens }: Completed<GenerationResult>): GenerateResponse {
   return {

@@ -135,7 +135,7 @@ export class ServingService {
         promptTokens: first.row.length,
         maxBlocks: generationRequirements(request, model, this.options.blockSize, first).blocks,
         maxSequences: request.beams?.numBeams ?? request.n,
-        start: (sequences) => generate(request, model, sequences, (delta) => loop.defer(() => onDelta(delta)), first),
+        start: (sequences) => generate(request, model, sequences, (delta) => loop.defer(onDelta, delta), first),
       });
     });
   }

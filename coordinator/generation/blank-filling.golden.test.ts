@@ -260,9 +260,9 @@ function decimalTokenizer(special: Record<string, number>): Tokenizer {
       return {
         isHolding: false,
         flush: () => '',
-        push: (ids) => {
-          const text = ids.length === 0 || isFirst ? decode(ids) : ` ${decode(ids)}`;
-          isFirst &&= ids.length === 0;
+        push: (id) => {
+          const text = isFirst ? decode([id]) : ` ${decode([id])}`;
+          isFirst = false;
           return text;
         },
       };

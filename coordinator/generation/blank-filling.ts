@@ -227,13 +227,14 @@ function beamBlank({ tokens }: Hypothesis, maskPosition: number, job: Job): Blan
 /** The whole of a blank that was searched for, in one piece. */
 function emitBlank(job: Job, blank: number, tokens: readonly number[]): void {
   const text = new BlankText(job.model.tokenizer, []);
-  const parts = [...tokens.map((token) => text.push({ token, logprob: 0, top: [] }).part), text.finish().part];
+  const parts = [...tokens.map((token) => text.push({ token, logprob: 0, top: [] })), text.finish()];
   const part = { text: parts.map((each) => each.text).join(''), tokens: parts.flatMap((each) => each.tokens) };
   if (part.tokens.length > 0) emitPart(job, 0, blank, part);
 }
 
 function emitPart({ request, emit }: Job, output: number, blank: number, { text, tokens }: FinalPart): void {
-  emit({ output, blank, text, tokens: tokens.map(({ token }) => token), logprobs: request.topLogprobs === null ? null : tokens });
+  const ids = tokens.length === 1 ? [tokens[0]!.token] : tokens.map(({ token }) => token);
+  emit({ output, blank, text, tokens: ids, logprobs: request.topLogprobs === null ? null : tokens });
 }
 
 /** The first mask of the row is filled next. */

@@ -2,22 +2,23 @@ import { fileURLToPath } from 'node:url';
 import fc from 'fast-check';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { loadTokenizer, type Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import { BlankText } from './blank-text.js';
+import { BlankText, type FinalPart } from './blank-text.js';
 import { letterTokenizer } from './letter-model.js';
 
 const plain = (token: number): { token: number; logprob: number; top: [] } => ({ token, logprob: 0, top: [] });
 
 function feed(blank: BlankText, ids: readonly number[]): { texts: string[]; tokens: number[]; isStopped: boolean } {
-  const parts = [];
+  const parts: FinalPart[] = [];
   for (const id of ids) {
-    const { part, isStopped } = blank.push(plain(id));
-    parts.push(part);
-    if (isStopped)
-      return { texts: parts.map(({ text }) => text), tokens: parts.flatMap((each) => each.tokens.map(({ token }) => token)), isStopped };
+    parts.push(blank.push(plain(id)));
+    if (blank.isStopped) break;
   }
-  const { part, isStopped } = blank.finish();
-  parts.push(part);
-  return { texts: parts.map(({ text }) => text), tokens: parts.flatMap((each) => each.tokens.map(({ token }) => token)), isStopped };
+  if (!blank.isStopped) parts.push(blank.finish());
+  return {
+    texts: parts.map(({ text }) => text),
+    tokens: parts.flatMap((each) => each.tokens.map(({ token }) => token)),
+    isStopped: blank.isStopped,
+  };
 }
 
 describe('stop strings over letters', () => {
@@ -99,7 +100,7 @@ describe('the tiny tokenizer', () => {
 
   test('tokens go with their text', () => {
     const blank = new BlankText(tokenizer, []);
-    const parts = [4068, 3987, 3980, 3956].map((id) => blank.push(plain(id)).part);
+    const parts = [4068, 3987, 3980, 3956].map((id) => blank.push(plain(id)));
     expect(parts.map(({ text, tokens }) => [text, tokens.length])).toEqual([['', 0], ['', 0], ['', 0], ['😀', 4]]); // prettier-ignore
   });
 

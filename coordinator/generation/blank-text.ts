@@ -13,15 +13,19 @@ export interface FinalPart {
  * decided, and tokens go with their text.
  */
 export class BlankText {
+  /** A stop string was hit; from then on only {@link result} may be asked. */
+  isStopped = false;
+  private readonly tokens: TokenLogprob[] = [];
+  private sentTokens = 0;
+  private readonly stream: TextStream | null;
+  private readonly longestStop: number;
+  // The rest is of use where there are stop strings only.
   /** Final text of the decoder; `sent` characters of it have been handed out, `unsent` are the others. */
   private text = '';
   private unsent = '';
   private sent = 0;
-  private readonly tokens: TokenLogprob[] = [];
-  private sentTokens = 0;
   /** Length of `text` up to which tokens 0..i reach; unknown (not there yet) while the decoder holds some of it back. */
   private readonly ends: number[] = [];
-  private readonly stream: TextStream | null;
 
   /** Without a tokenizer all text is empty and nothing stops. */
   constructor(
@@ -29,20 +33,24 @@ export class BlankText {
     private readonly stopStrings: readonly string[],
   ) {
     this.stream = tokenizer?.stream() ?? null;
+    this.longestStop = Math.max(0, ...stopStrings.map((stop) => stop.length));
   }
 
-  /** @returns what became final, and whether a stop string was hit; after a hit only {@link result} may be asked */
-  push(token: TokenLogprob): { part: FinalPart; isStopped: boolean } {
+  /** @returns what became final */
+  push(token: TokenLogprob): FinalPart {
     this.tokens.push(token);
-    return this.append(this.stream?.push([token.token]) ?? '', this.stream?.isHolding ?? false);
+    const { stream } = this;
+    if (stream === null) return this.append('', false);
+    const text = stream.push(token.token);
+    return this.append(text, stream.isHolding);
   }
 
-  /** Ends the blank: the rest of the text, which may still hold a stop string. */
-  finish(): { part: FinalPart; isStopped: boolean } {
+  /** Ends the blank. @returns the rest of the text, which may still hold a stop string */
+  finish(): FinalPart {
     const ended = this.append(this.stream?.flush() ?? '', false);
-    if (ended.isStopped) return ended;
+    if (this.isStopped || this.longestStop === 0) return ended;
     const rest = this.take(this.text.length);
-    return { part: { text: ended.part.text + rest.text, tokens: [...ended.part.tokens, ...rest.tokens] }, isStopped: false };
+    return { text: ended.text + rest.text, tokens: [...ended.tokens, ...rest.tokens] };
   }
 
   /** The blank's tokens (after a stop string: those that lie wholly before it) and its text, as `detokenize` writes it. */
@@ -50,25 +58,32 @@ export class BlankText {
     const ids = this.tokens.map(({ token }) => token);
     if (this.tokenizer === null) return { tokens: ids, text: '' };
     // Cut inside a token, the text has more than the tokens.
-    const more = this.text.slice(this.decode(ids.length).length);
+    const more = this.isStopped ? this.text.slice(this.decode(ids.length).length) : '';
     return { tokens: ids, text: this.tokenizer.detokenize(ids) + more };
   }
 
-  private append(text: string, isHolding: boolean): { part: FinalPart; isStopped: boolean } {
-    const from = Math.max(0, this.text.length - longest(this.stopStrings) + 1); // a stop string may have begun in earlier text
+  private append(text: string, isHolding: boolean): FinalPart {
+    if (this.longestStop === 0) {
+      if (isHolding) return { text, tokens: NO_TOKENS };
+      const first = this.sentTokens;
+      const { length } = this.tokens;
+      this.sentTokens = length;
+      return { text, tokens: length === first + 1 ? [this.tokens[first]!] : this.tokens.slice(first) };
+    }
+    const from = Math.max(0, this.text.length - this.longestStop + 1); // a stop string may have begun in earlier text
     this.text += text;
     this.unsent += text;
     if (!isHolding) while (this.ends.length < this.tokens.length) this.ends.push(this.text.length);
-    if (this.stopStrings.length === 0) return { part: this.take(this.text.length), isStopped: false };
     const hits = this.stopStrings.map((stop) => this.text.indexOf(stop, from)).filter((at) => at >= 0);
-    if (hits.length === 0) return { part: this.take(this.text.length - this.undecidedLength()), isStopped: false };
+    if (hits.length === 0) return this.take(this.text.length - this.undecidedLength());
+    this.isStopped = true;
     this.cut(Math.min(...hits));
-    return { part: this.take(this.text.length), isStopped: true };
+    return this.take(this.text.length);
   }
 
   /** Length of the longest end of the text that a stop string begins with. */
   private undecidedLength(): number {
-    for (let length = Math.min(this.text.length, longest(this.stopStrings) - 1); length > 0; length--) {
+    for (let length = Math.min(this.text.length, this.longestStop - 1); length > 0; length--) {
       const end = this.text.slice(-length);
       if (this.stopStrings.some((stop) => stop.startsWith(end))) return length;
     }
@@ -86,7 +101,9 @@ export class BlankText {
   /** Text of the first `count` tokens alone. Not `Tokenizer.decode`, which refuses image tokens: they can be generated. */
   private decode(count: number): string {
     const stream = this.tokenizer!.stream();
-    return stream.push(this.tokens.slice(0, count).map(({ token }) => token)) + stream.flush();
+    let text = '';
+    for (let i = 0; i < count; i++) text += stream.push(this.tokens[i]!.token);
+    return text + stream.flush();
   }
 
   private take(length: number): FinalPart {
@@ -100,6 +117,4 @@ export class BlankText {
   }
 }
 
-function longest(texts: readonly string[]): number {
-  return Math.max(0, ...texts.map((text) => text.length));
-}
+const NO_TOKENS: readonly TokenLogprob[] = [];

@@ -12,7 +12,7 @@ export const letterTokenizer: Tokenizer = {
     text.split(/(\[[gs]?MASK\])/).flatMap((part, i) => (i % 2 === 1 ? [letterTokenizer.command(part)] : letterTokenizer.encode(part))),
   decode: (ids) => ids.map((id) => (id < 10 ? String.fromCharCode(97 + id) : '')).join(''),
   detokenize: (ids) => ids.map((id) => (id < 10 ? String.fromCharCode(97 + id) : `<${id}>`)).join(''),
-  stream: () => ({ isHolding: false, push: (ids) => letterTokenizer.decode(ids), flush: () => '' }),
+  stream: () => ({ isHolding: false, push: (id) => letterTokenizer.decode([id]), flush: () => '' }),
   command: (name) => ({ '[MASK]': LETTERS.mask, '[gMASK]': LETTERS.gmask, '[sMASK]': LETTERS.smask })[name]!,
 };
 

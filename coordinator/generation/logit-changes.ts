@@ -9,7 +9,8 @@ const NONE: Changes = { biasTokens: [], biases: [], repetitionPenalty: 1, repeat
 export class LogitChanges {
   private readonly counts = new Map<number, number>();
   private readonly repeated: Set<number>;
-  private readonly isOff: boolean;
+  /** Nothing is changed, whatever comes. */
+  readonly isOff: boolean;
 
   constructor(
     private readonly request: Pick<GenerationRequest, 'logitBias' | 'penalties'>,

@@ -46,7 +46,8 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
   const blank = new BlankText(span.tokenizer, span.stopStrings);
   let finish: FinishReason = 'length';
   let draws = 0;
-  let op = prefill(sequence, span.context, wantSample(span, 0), cached);
+  const want = wantsOf(span);
+  let op = prefill(sequence, span.context, want(0), cached);
   while (true) {
     const [result] = yield [op];
     if (result?.kind !== 'sample') throw new Error(`an Extend that wanted a sample gave ${result?.kind ?? 'nothing'}`);
@@ -56,33 +57,38 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
       finish = 'end';
       break;
     }
-    const { part, isStopped } = blank.push(tokenLogprob(result));
-    emitPart(span, part);
-    if (isStopped) {
+    emitPart(span, blank.push(tokenLogprob(result)));
+    if (blank.isStopped) {
       finish = 'stop';
       break;
     }
     if (draws === span.maxNewTokens) break;
     const positions = [span.context.positionOf(draws - 1)];
-    op = { sequence, tokens: [result.token], positions, bidirectionalTokens: 0, want: wantSample(span, draws) };
+    op = { sequence, tokens: [result.token], positions, bidirectionalTokens: 0, want: want(draws) };
   }
   sequences.release(sequence);
   if (finish !== 'stop') {
-    const { part, isStopped } = blank.finish();
-    emitPart(span, part);
-    if (isStopped) finish = 'stop';
+    emitPart(span, blank.finish());
+    if (blank.isStopped) finish = 'stop';
   }
   return { ...blank.result(), finish, draws };
 }
 
-function wantSample(span: Span, draw: number): Want {
-  const bannedTokens = draw < span.minNewTokens ? [...span.bannedTokens, ...span.endTokens] : span.bannedTokens;
-  const noise = { seed: span.seed, stream: span.stream, position: span.firstDraw + draw };
+/** @returns what is wanted of a draw */
+function wantsOf(span: Span): (draw: number) => Want {
+  const { bannedTokens, endTokens, minNewTokens, seed, stream, firstDraw, topLogprobs, logitChanges } = span;
   const { temperature, topK, topP } = span.sampling;
-  const { biasTokens, biases, repetitionPenalty, repeatedTokens } = span.logitChanges.now();
-  // Written out: spreading two objects costs microseconds for every token.
-  const params = { temperature, topK, topP, bannedTokens, biasTokens, biases, repetitionPenalty, repeatedTokens };
-  return { kind: 'sample', params, noise, topLogprobs: span.topLogprobs };
+  const paramsFor = (banned: readonly number[]): StepSampling => {
+    const { biasTokens, biases, repetitionPenalty, repeatedTokens } = logitChanges.now();
+    // Written out: spreading two objects costs microseconds for every token.
+    return { temperature, topK, topP, bannedTokens: banned, biasTokens, biases, repetitionPenalty, repeatedTokens };
+  };
+  const withoutEnd = [...bannedTokens, ...endTokens];
+  const unchanging = logitChanges.isOff ? paramsFor(bannedTokens) : null;
+  return (draw) => {
+    const params = draw < minNewTokens ? paramsFor(withoutEnd) : (unchanging ?? paramsFor(bannedTokens));
+    return { kind: 'sample', params, noise: { seed, stream, position: firstDraw + draw }, topLogprobs };
+  };
 }
 
 const NO_TOP: TokenLogprob['top'] = [];

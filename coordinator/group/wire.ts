@@ -20,14 +20,16 @@ export function decodeResults(
 ): ExtendResult[] {
   const results = decodeResultBody(body);
   if (results.length !== asked.length) throw new EngineError(`${results.length} results for ${asked.length} Extends`);
-  results.forEach((result, i) => {
+  for (let i = 0; i < results.length; i++) {
     const { want, endLayer } = asked[i]!;
-    if (!answers(result, endLayer < size.numLayers ? { kind: 'none' } : want, size.vocabSize)) {
-      throw new EngineError(`the answer to a want of ${want.kind} is ${result.kind}, or of another size`);
+    if (!answers(results[i]!, endLayer < size.numLayers ? NOTHING : want, size.vocabSize)) {
+      throw new EngineError(`the answer to a want of ${want.kind} is ${results[i]!.kind}, or of another size`);
     }
-  });
+  }
   return results;
 }
+
+const NOTHING: Want = { kind: 'none' };
 
 function answers(result: ExtendResult, want: Want, vocabSize: number): boolean {
   if (result.kind === 'error') return want.kind !== 'none';

@@ -1,7 +1,7 @@
 /** Turns ids into text as they come. The joined pieces are `decode` of all ids; a piece never splits a character. */
 export interface TextStream {
   /** @returns the text that became final; it may be empty */
-  push(ids: readonly number[]): string;
+  push(id: number): string;
   /** Ends the stream. @returns the text that was held back */
   flush(): string;
   /** Text is held back: part of a character, or what may be the beginning of an escape such as `<n>`. */
@@ -35,27 +35,25 @@ export class StreamDecoder implements TextStream {
     return this.bytes.length > 0 || this.held !== '';
   }
 
-  push(ids: readonly number[]): string {
-    let text = '';
-    const append = (more: string): void => {
-      text += more;
-      if (more !== '') this.atStart = false;
-    };
-    for (const id of ids) {
-      const surface = this.surfaces.of(id);
-      if (surface.kind === 'byte') {
-        this.bytes.push(surface.value);
-        append(this.takeCharacters(false));
-        continue;
-      }
-      if (this.bytes.length > 0) append(this.takeCharacters(true));
-      append(surface.kind === 'piece' && surface.isSpaceFirst ? this.spacedText(surface.text) : surface.text);
+  push(id: number): string {
+    const surface = this.surfaces.of(id);
+    if (surface.kind === 'byte') {
+      this.bytes.push(surface.value);
+      return this.unescape(this.begun(this.takeCharacters(false)), false);
     }
-    return this.unescape(text, false);
+    const characters = this.bytes.length > 0 ? this.begun(this.takeCharacters(true)) : '';
+    const text = surface.kind === 'piece' && surface.isSpaceFirst ? this.spacedText(surface.text) : surface.text;
+    return this.unescape(characters + this.begun(text), false);
   }
 
   flush(): string {
     return this.unescape(this.takeCharacters(true), true);
+  }
+
+  /** Spaces behind text stay. */
+  private begun(text: string): string {
+    if (text !== '') this.atStart = false;
+    return text;
   }
 
   private spacedText(text: string): string {

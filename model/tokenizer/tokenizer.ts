@@ -153,7 +153,9 @@ class IcetkTokenizer implements Tokenizer {
 
   private textOf(ids: readonly number[]): string {
     const stream = this.stream();
-    return stream.push(ids) + stream.flush();
+    let text = '';
+    for (const id of ids) text += stream.push(id);
+    return text + stream.flush();
   }
 }
 

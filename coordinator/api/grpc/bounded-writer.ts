@@ -28,6 +28,11 @@ export class BoundedWriter<Response> {
   }
 
   write(response: Response): void {
+    if (!this.isOver) this.writeBytes(this.encode(response));
+  }
+
+  /** @param bytes an encoded response */
+  writeBytes(bytes: Buffer): void {
     if (this.isOver) return;
     if (this.waitingBytes > this.maxBufferedBytes) {
       this.refuse(
@@ -36,7 +41,6 @@ export class BoundedWriter<Response> {
       );
       return;
     }
-    const bytes = this.encode(response);
     this.waiting.push(bytes);
     this.waitingBytes += bytes.length;
     this.pump();

@@ -4,7 +4,8 @@ import { Generation } from '../../../common/services.js';
 import type { GenerationHandlers } from '../../../proto/generated/tandem/v1/Generation.js';
 import type { RequestOptions__Output } from '../../../proto/generated/tandem/v1/RequestOptions.js';
 import type { Ticket } from '../../job.js';
-import { encodeDelta, encodeFinish, encodeScore } from '../encode.js';
+import { encodeDelta } from '../encode-delta.js';
+import { encodeFinish, encodeScore } from '../encode.js';
 import type { CallContext } from '../service.js';
 import {
   MAX_TIMEOUT_MS,
@@ -35,7 +36,7 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
           context: contextOf(call),
         }));
         const prepared = await service.prepare(request, endOf(call));
-        const ticket = started(service.generate(prepared, context, (delta) => writer.write(encodeDelta(delta))));
+        const ticket = started(service.generate(prepared, context, (delta) => writer.writeBytes(encodeDelta(delta))));
         writer.write(encodeFinish(ticket.requestId, await ticket.done));
       }),
     Logits: (call) =>

@@ -28,7 +28,7 @@ function deltasOf(text: string, blank = 0): GenerationDelta[] {
   };
   for (const token of tokenizer.encode(text)) {
     held.push(token);
-    const part = stream.push([token]);
+    const part = stream.push(token);
     if (!stream.isHolding) emit(part);
   }
   const rest = stream.flush();

@@ -93,7 +93,7 @@ export class ChoiceText {
       part.token_logprobs.push(entry.logprob);
       part.top_logprobs.push(this.toTop(entry));
       part.text_offset.push(offset);
-      offset += codePoints(this.decoder?.push([entry.token]) ?? '');
+      offset += codePoints(this.decoder?.push(entry.token) ?? '');
     }
     return part;
   }
@@ -122,7 +122,7 @@ export function echoPart(tokens: TokenTexts, text: string, ids: readonly number[
     logprobs.token_logprobs.push(null);
     logprobs.top_logprobs.push(null);
     logprobs.text_offset.push(offset);
-    offset = Math.min(offset + codePoints(decoder?.push([id]) ?? ''), end);
+    offset = Math.min(offset + codePoints(decoder?.push(id) ?? ''), end);
   }
   return { text, blank: null, logprobs, tokenIds: [] };
 }

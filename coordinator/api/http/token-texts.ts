@@ -25,8 +25,8 @@ export class TokenTexts {
   private read(id: number): string {
     if (this.tokenizer === null || this.before === null) return nameOf(id);
     const stream = this.tokenizer.stream();
-    const held = stream.push([this.before]);
-    const text = (held + stream.push([id]) + stream.flush()).slice(held.length);
+    const held = stream.push(this.before);
+    const text = (held + stream.push(id) + stream.flush()).slice(held.length);
     if (text === '') return this.tokenizer.detokenize([id]) || nameOf(id); // a control token
     return text.includes('\ufffd') ? nameOf(id) : text; // part of a character, or no text at all
   }
