@@ -14,7 +14,7 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   readonly sequences = new Map<number, SequenceState>();
   strategy!: Strategy<unknown>;
   /** The Extends of the current yield that have no result yet. */
-  pending: PendingRun[] = [];
+  pending: readonly PendingRun[] = [];
   /** Results of the current yield, in its order. */
   results: ExtendResult[] = [];
   state: 'waiting' | 'running' | 'ended' = 'waiting';

@@ -406,7 +406,7 @@ test('a callback may cancel while there are no workers', async () => {
   await turnsUntil(() => tokens === 1);
   // Comes between the loss and the sleep that follows it.
   for (let i = 0; i < 3; i++) await turn();
-  loop.defer(ticket.cancel, undefined);
+  loop.defer(() => ticket.cancel(), null);
   loop.submit(fakeJob(SMALL, 2)).done.catch(() => {}); // wakes the loop, which then hands over what was deferred
   await expect(ticket.done).rejects.toThrow(CancelledError);
 });

@@ -63,6 +63,7 @@ interface PlannedStep {
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
+const NO_RUNS: readonly PendingRun[] = [];
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -432,7 +433,8 @@ export class ServingLoop {
     this.slice = slice && !isSliceDone ? slice : null;
     const ran = slice ? [...whole, slice.run] : whole;
     const touched = new Set<ActiveRequest>();
-    for (const [i, run] of ran.entries()) {
+    for (let i = 0; i < ran.length; i++) {
+      const run = ran[i]!;
       const { pending } = run;
       const { request } = pending;
       if (request.state !== 'running') continue;
@@ -459,7 +461,7 @@ export class ServingLoop {
   private complete(pending: PendingRun, result: ExtendResult): void {
     const { request } = pending;
     request.results[pending.index] = result;
-    request.pending = request.pending.length === 1 ? [] : request.pending.filter((each) => each !== pending);
+    request.pending = request.pending.length === 1 ? NO_RUNS : request.pending.filter((each) => each !== pending);
   }
 
   private observeTokens(request: ActiveRequest, nowMs: number): void {
@@ -521,7 +523,9 @@ export class ServingLoop {
   private takeOps(request: ActiveRequest, ops: readonly ExtendOp[]): void {
     if (ops.length === 0) throw new Error('a strategy yielded no Extend');
     request.results = new Array<ExtendResult>(ops.length);
-    request.pending = ops.map((op, i) => {
+    const pending: PendingRun[] = [];
+    for (let i = 0; i < ops.length; i++) {
+      const op = ops[i]!;
       const sequence = request.sequences.get(op.sequence.id);
       if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
       const isNew = sequence.length === 0;
@@ -530,8 +534,9 @@ export class ServingLoop {
       if (sequence.length > this.limits.maxBatchTokens) {
         throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
       }
-      return new PendingRun(request, i, op, sequence, this.blocks, this.contexts);
-    });
+      pending.push(new PendingRun(request, i, op, sequence, this.blocks, this.contexts));
+    }
+    request.pending = pending;
   }
 
   private sequencesOf(request: ActiveRequest): Sequences {

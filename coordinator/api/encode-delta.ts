@@ -10,9 +10,9 @@ export function encodeDelta({ output, blank, text, tokens, logprobs }: Generatio
   if (logprobs !== null) for (const { top } of logprobs) room += LOGPROB_BYTES * (1 + top.length);
   const out = new BackwardWriter(room);
   if (logprobs !== null) writeLogprobs(out, logprobs);
-  const end = out.length;
+  const before = out.length;
   for (let i = tokens.length - 1; i >= 0; i--) out.varint(tokens[i]!);
-  if (tokens.length > 0) out.message(FIELD.tokens, end);
+  if (tokens.length > 0) out.message(FIELD.tokens, before);
   if (text !== '') out.text(FIELD.text, text);
   if (blank !== 0) out.uint32(FIELD.blank, blank);
   if (output !== 0) out.uint32(FIELD.output, output);
@@ -23,16 +23,16 @@ export function encodeDelta({ output, blank, text, tokens, logprobs }: Generatio
 function writeLogprobs(out: BackwardWriter, logprobs: readonly TokenLogprob[]): void {
   for (let i = logprobs.length - 1; i >= 0; i--) {
     const { token, logprob, top } = logprobs[i]!;
-    const end = out.length;
+    const before = out.length;
     for (let j = top.length - 1; j >= 0; j--) {
-      const topEnd = out.length;
+      const beforeTop = out.length;
       out.float(FIELD.logprob, top[j]!.logprob);
       out.uint32(FIELD.token, top[j]!.token);
-      out.message(FIELD.top, topEnd);
+      out.message(FIELD.top, beforeTop);
     }
     out.float(FIELD.logprob, logprob);
     out.uint32(FIELD.token, token);
-    out.message(FIELD.logprobs, end);
+    out.message(FIELD.logprobs, before);
   }
 }
 
@@ -59,30 +59,41 @@ const LOGPROB_BYTES = 2 + VARINT_BYTES + 4 + 1 + VARINT_BYTES;
 /** At most, of a Delta without text, tokens and logprobs: five tags, and as many varints. */
 const LEAST_BYTES = 5 * (1 + VARINT_BYTES);
 
-let scratch = Buffer.allocUnsafe(16 * 1024);
+const SLAB_BYTES = 64 * 1024;
+/** Messages lie in it one before the other; a new one begins when the next message may not fit. */
+let slab = Buffer.allocUnsafeSlow(SLAB_BYTES);
+let freeBytes = SLAB_BYTES;
 
 /** From the last byte to the first: so the length of a message is known when it is written. */
 class BackwardWriter {
-  /** Bytes written. */
-  length = 0;
+  private readonly buffer: Buffer;
+  private readonly end: number;
+  private at: number;
 
   /** @param room bytes, at most */
   constructor(room: number) {
-    if (room > scratch.length) scratch = Buffer.allocUnsafe(2 * room);
+    if (room > freeBytes) {
+      slab = Buffer.allocUnsafeSlow(Math.max(SLAB_BYTES, room));
+      freeBytes = slab.length;
+    }
+    this.buffer = slab;
+    this.end = freeBytes;
+    this.at = freeBytes;
+  }
+
+  /** Bytes written. */
+  get length(): number {
+    return this.end - this.at;
   }
 
   varint(value: number): void {
     let bytes = 1;
     for (let rest = value >>> 7; rest > 0; rest >>>= 7) bytes += 1;
-    this.length += bytes;
-    let at = scratch.length - this.length;
-    for (let rest = value; ; rest >>>= 7) {
-      if (--bytes === 0) {
-        scratch[at] = rest;
-        return;
-      }
-      scratch[at++] = (rest & 0x7f) | 0x80;
-    }
+    this.at -= bytes;
+    let at = this.at;
+    let rest = value;
+    for (; bytes > 1; bytes--, rest >>>= 7) this.buffer[at++] = (rest & 0x7f) | 0x80;
+    this.buffer[at] = rest;
   }
 
   uint32(tag: number, value: number): void {
@@ -91,28 +102,27 @@ class BackwardWriter {
   }
 
   float(tag: number, value: number): void {
-    this.length += 4;
-    scratch.writeFloatLE(value, scratch.length - this.length);
+    this.at -= 4;
+    this.buffer.writeFloatLE(value, this.at);
     this.varint(tag);
   }
 
   text(tag: number, value: string): void {
     const bytes = Buffer.byteLength(value);
-    this.length += bytes;
-    scratch.write(value, scratch.length - this.length, bytes, 'utf8');
+    this.at -= bytes;
+    this.buffer.write(value, this.at, bytes, 'utf8');
     this.varint(bytes);
     this.varint(tag);
   }
 
-  /** What was written since `end` is a message. */
-  message(tag: number, end: number): void {
-    this.varint(this.length - end);
+  /** What was written since `length` bytes is a message. */
+  message(tag: number, length: number): void {
+    this.varint(this.length - length);
     this.varint(tag);
   }
 
   finish(): Buffer {
-    const message = Buffer.allocUnsafe(this.length);
-    scratch.copy(message, 0, scratch.length - this.length);
-    return message;
+    freeBytes = this.at;
+    return this.buffer.subarray(this.at, this.end);
   }
 }

@@ -22,7 +22,7 @@ import type { Sequence, Sequences, Strategy } from './strategy.js';
  * @param context given by a caller that has it already: tokenising a long prompt takes a while
  * @throws InvalidRequestError, PromptTooLongError at once, before anything is yielded
  */
-export function* generate(
+export function generate(
   request: GenerationRequest,
   model: PromptModel,
   sequences: Sequences,
@@ -33,9 +33,15 @@ export function* generate(
   const job = { request, model, sequences, emit, context, limit };
 
   // Every generator in between costs time on every token, and most requests have one sample.
-  let filled: readonly FilledOutput[];
-  if (request.beams !== null) filled = [yield* searchAll(job)];
-  else filled = request.n === 1 ? [yield* sampleOne(job, 0, null)] : yield* sampleAll(job);
+  if (request.beams === null && request.n === 1) return sampleOne(job, 0, null, (filled) => resultOf(job, [filled]));
+  return generateAll(job);
+}
+
+function* generateAll(job: Job): Strategy<GenerationResult> {
+  return resultOf(job, job.request.beams ? [yield* searchAll(job)] : yield* sampleAll(job));
+}
+
+function resultOf({ limit }: Job, filled: readonly FilledOutput[]): GenerationResult {
   return {
     outputs: filled.map(({ output }) => output),
     promptTokens: limit.contextLength - 1,
@@ -110,13 +116,17 @@ function* sampleAll(job: Job): Strategy<FilledOutput[]> {
   const { request, sequences, context } = job;
   const samples = Array.from({ length: request.n }, (_, sample) => sample);
   const first = blankAt(context.row, job);
-  if (roomAt(first, job) === 0) return yield* parallel(samples.map((sample) => sampleOne(job, sample, null)));
+  if (roomAt(first, job) === 0) return yield* parallel(samples.map((sample) => sampleOne(job, sample, null, asIs)));
   const forks = yield* sharedPrefill(sequences, first.context, request.n);
-  return yield* parallel(samples.map((sample) => sampleOne(job, sample, forks[sample]!)));
+  return yield* parallel(samples.map((sample) => sampleOne(job, sample, forks[sample]!, asIs)));
 }
 
-/** One sample through all blanks. @param prefilled holds the first blank's context but for its last token */
-function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strategy<FilledOutput> {
+function asIs(filled: FilledOutput): FilledOutput {
+  return filled;
+}
+
+/** One sample through all blanks. @param prefilled holds the first blank's context but for its last token @returns `finish` of it */
+function* sampleOne<R>(job: Job, sample: number, prefilled: Sequence | null, finish: (filled: FilledOutput) => R): Strategy<R> {
   const answer = new Answer(job.context, job.model);
   const logitChanges = new LogitChanges(job.request, job.context.row);
   let row = job.context.row;
@@ -136,7 +146,7 @@ function* sampleOne(job: Job, sample: number, prefilled: Sequence | null): Strat
     row = answer.fill(row, { text: span.text, tokens: span.tokens, maskPosition, finish: span.finish });
   }
   const output = { ...answer.complete(row), finish: lastFinish(row, answer.blanks, job), blanks: answer.blanks, beams: [] };
-  return { output, generatedTokens: draws };
+  return finish({ output, generatedTokens: draws });
 }
 
 function* noSpan(): Strategy<SpanResult> {

@@ -179,7 +179,12 @@ describe('stream', () => {
 
   test('says that it holds text back, and gives it at the end', () => {
     const stream = tokenizer.stream();
-    expect([stream.push(4068) + stream.push(3987), stream.isHolding, stream.flush(), stream.isHolding]).toEqual(['', true, '\ufffd\ufffd', false]);
+    expect([stream.push(4068) + stream.push(3987), stream.isHolding, stream.flush(), stream.isHolding]).toEqual([
+      '',
+      true,
+      '\ufffd\ufffd',
+      false,
+    ]);
   });
 });
 

@@ -131,8 +131,8 @@ class IcetkTokenizer implements Tokenizer {
   detokenize(ids: readonly number[]): string {
     let text = '';
     let begin = 0;
-    for (const [i, id] of ids.entries()) {
-      const special = this.bracketed.get(id);
+    for (let i = 0; i < ids.length; i++) {
+      const special = this.bracketed.get(ids[i]!);
       if (special === undefined) continue;
       text += this.textOf(ids.slice(begin, i)) + special;
       begin = i + 1;
