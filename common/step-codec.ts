@@ -1,7 +1,8 @@
 /**
  * The bodies of Step and StepResult messages between coordinator and workers: 32-bit little-endian words in the order that
  * the functions below write and read them. Steps are many and small, and a protobuf message for each Extend costs more
- * than scheduling does; both ends are of the same version, which the Hello checks.
+ * than scheduling does; both ends are of the same version, which the Hello checks. A worker's end is native/model/step_codec.cc; the functions
+ * here that read steps and write results define the format, and stand in for it in tests and benches.
  */
 import { EngineError } from './errors.js';
 
@@ -11,13 +12,20 @@ export interface StepBody {
   readonly extends: readonly StepExtend[];
 }
 
+/** Append a run of tokens to one sequence's KV cache (design section 1). */
 export interface StepExtend {
   readonly tokens: ArrayLike<number>;
   readonly positions: ArrayLike<number>;
+  /** Blocks for at least cachedTokens + tokens.length tokens. */
   readonly blockTable: ArrayLike<number>;
   readonly cachedTokens: number;
+  /** Token i of the run sees all cached tokens and run tokens j with j <= i or j < bidirectionalTokens. */
   readonly bidirectionalTokens: number;
-  /** Layers [firstLayer, endLayer) are run: a long run may be spread over several steps. All layers: 0 and the model's number of layers. */
+  /**
+   * Layers [firstLayer, endLayer) are run; all: 0 and the model's number of layers. A run may be spread over several steps: the same tokens in each,
+   * going on at the layer where the one before ended. One run at a time, whose activations the engine keeps (beginning another drops them; whole
+   * Extends may run between), and one such Extend in a step; its result is `none` before the last layer.
+   */
   readonly firstLayer: number;
   readonly endLayer: number;
   readonly want: StepWant;

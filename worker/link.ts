@@ -8,7 +8,6 @@ import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment
 import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
 import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
 import { failureKind, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
-import { decodeStep, encodeStepResult } from './wire.js';
 
 export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
 
@@ -69,12 +68,12 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
       else if (message.abort) end({ kind: 'dismissed' });
       else if (message.shutdown) end({ kind: 'shutdown' });
       else if (message.step) {
-        const { stepId } = message.step;
+        const { stepId, body } = message.step;
         if (!engine) return fail(new Error(`step ${stepId} before the shard was loaded`));
         if (stepId !== lastStep + 1) return fail(new Error(`step ${stepId} after step ${lastStep}`));
         lastStep = stepId;
-        engine.step(decodeStep(message.step)).then(
-          (result) => link.write({ result: encodeStepResult(result) }),
+        engine.step(stepId, body).then(
+          (result) => link.write({ result }),
           (error: unknown) => {
             const kind = failureKind(error);
             if (kind === 'in-step') link.write({ result: { stepId, error: (error as Error).message } });

@@ -68,56 +68,17 @@ export interface NativeTensor {
 
 /** One rank of a loaded model. Steps run in the order of the calls, on the engine's own thread; the event loop is never blocked. */
 export interface NativeEngine {
-  /** Rejects with EngineError; after one whose cause is not INVALID_ARGUMENT the ranks may be out of step. */
-  step(step: NativeStep): Promise<NativeStepResult>;
+  /**
+   * @param body as common/step-codec.ts encodes a step, so that JavaScript need not look into what passes it on its way to the engine
+   * Rejects with EngineError; after one whose cause is not INVALID_ARGUMENT the ranks may be out of step.
+   */
+  step(stepId: number, body: Uint8Array): Promise<NativeStepResult>;
   readonly memory: { readonly weightBytes: number; readonly kvBytes: number; readonly workspaceBytes: number };
   /** Wakes collectives that wait for a lost rank; all queued and later steps reject. Any thread, any time. */
   abort(): void;
   /** Frees everything once running work has ended. Safe to call twice. */
   dispose(): Promise<void>;
 }
-
-export interface NativeStep {
-  readonly stepId: number;
-  /** KV blocks to copy before anything else, as (from, to) pairs: copy-on-write forks. */
-  readonly blockCopies: Uint32Array;
-  readonly extends: readonly NativeExtend[];
-}
-
-/** Append a run of tokens to one sequence's KV cache (design section 1). */
-export interface NativeExtend {
-  readonly tokens: Uint32Array;
-  readonly positions: Uint32Array;
-  /** Blocks for at least cachedTokens + tokens.length tokens. */
-  readonly blockTable: Uint32Array;
-  readonly cachedTokens: number;
-  /** Token i of the run sees all cached tokens and run tokens j with j <= i or j < bidirectionalTokens. */
-  readonly bidirectionalTokens: number;
-  /**
-   * Layers [firstLayer, endLayer) are run. A run may be spread over several steps: the same tokens in each, going on at the layer where the
-   * one before ended. One run at a time, whose activations the engine keeps (beginning another drops them; whole Extends may run between), and
-   * one such Extend in a step; its result is `none` before the last layer.
-   */
-  readonly firstLayer: number;
-  readonly endLayer: number;
-  readonly want: NativeWant;
-}
-
-export type NativeWant =
-  | { readonly kind: 'none' }
-  | { readonly kind: 'sample'; readonly params: NativeSamplingParams; readonly noise: NativeNoise; readonly topLogprobs: number }
-  | {
-      readonly kind: 'candidates';
-      readonly count: number;
-      /** Logits of these are set to -65504 before the log-softmax. */
-      readonly bannedTokens: Uint32Array;
-      /** Given: candidates are drawn without replacement (Gumbel top-k); null: the largest. */
-      readonly noise: NativeNoise | null;
-    }
-  /** Log-probability of tokens[i] at row (run length - tokens.length + i). */
-  | { readonly kind: 'targets'; readonly tokens: Uint32Array }
-  /** Raw logits of the last `rows` rows. */
-  | { readonly kind: 'logits'; readonly rows: number };
 
 export interface NativeSamplingParams {
   /** 0: the token of the largest logit, the lowest id among equals. */
@@ -133,43 +94,16 @@ export interface NativeSamplingParams {
   readonly repeatedTokens: Uint32Array;
 }
 
-/** Key of the counter-based generator: the same key gives the same noise, whatever else runs. */
-export interface NativeNoise {
-  readonly seed: bigint; // uint64
-  /** Which sample or beam of the request. */
-  readonly stream: number;
-  /** Index of the drawn token in the generated text, blanks before it included. */
-  readonly position: number;
-}
-
 export interface NativeStepResult {
   readonly stepId: number;
-  /** One for each Extend on rank 0; empty on the other ranks. */
-  readonly results: readonly NativeExtendResult[];
+  /** As common/step-codec.ts encodes results: one for each Extend on rank 0, none on the other ranks. */
+  readonly body: Uint8Array;
   readonly computeMicros: number;
   /** Of which in collectives, waiting included. */
   readonly collectiveMicros: number;
   /** Of which sampling and looking at logits; rank 0. */
   readonly evaluateMicros: number;
 }
-
-export type NativeExtendResult =
-  | { readonly kind: 'none' }
-  | {
-      readonly kind: 'sample';
-      readonly token: number;
-      /** Of the model's own distribution: temperature 1, nothing banned or cut. */
-      readonly logprob: number;
-      readonly topTokens: Uint32Array;
-      readonly topLogprobs: Float32Array;
-    }
-  /** Best first by `keys`: log-probability plus noise, or the log-probability itself. */
-  | { readonly kind: 'candidates'; readonly tokens: Uint32Array; readonly logprobs: Float32Array; readonly keys: Float32Array }
-  | { readonly kind: 'targets'; readonly logprobs: Float32Array }
-  /** [rows, V] row-major. */
-  | { readonly kind: 'logits'; readonly logits: Float32Array }
-  /** What this Extend wanted could not be made: a logit is not a number. The other Extends and the ranks are not touched by it. */
-  | { readonly kind: 'error'; readonly message: string };
 
 /** Loads the addon that `npm run build:native` made. @throws ConfigError if there is none, or it does not load here */
 export function loadAddon(): NativeAddon {
@@ -199,7 +133,7 @@ function wrapEngine(raw: NativeEngine): NativeEngine {
   let disposed: Promise<void> | null = null;
   return {
     memory: raw.memory,
-    step: (step) => raw.step(step).catch(rethrow(stepError)),
+    step: (stepId, body) => raw.step(stepId, body).catch(rethrow(stepError)),
     abort: () => raw.abort(),
     dispose: () => (disposed ??= raw.dispose().catch(rethrow(stepError))),
   };

@@ -7,59 +7,13 @@
 #include <utility>
 
 #include "core/error.h"
+#include "model/step_codec.h"
 
 namespace tandem {
 namespace {
 
 constexpr int64_t kMostUint32 = std::numeric_limits<uint32_t>::max();
 constexpr int64_t kMostSafeInteger = (int64_t{1} << 53) - 1;
-
-NoiseKey NoiseFromJs(const Field& noise) {
-  NoiseKey key;
-  key.seed = noise.Get("seed").BigUint64();
-  key.stream = static_cast<uint32_t>(noise.Get("stream").Integer(0, kMostUint32));
-  key.position = static_cast<uint32_t>(noise.Get("position").Integer(0, kMostUint32));
-  return key;
-}
-
-Want WantFromJs(const Field& want) {
-  switch (want.Get("kind").OneOf({"none", "sample", "candidates", "targets", "logits"})) {
-    case 1: {
-      WantSample sample;
-      sample.params = SamplingParamsFromJs(want.Get("params"));
-      sample.noise = NoiseFromJs(want.Get("noise"));
-      sample.top_logprobs = static_cast<uint32_t>(want.Get("topLogprobs").Integer(0, kMostUint32));
-      return sample;
-    }
-    case 2: {
-      WantCandidates candidates;
-      candidates.count = static_cast<uint32_t>(want.Get("count").Integer(0, kMostUint32));
-      candidates.banned_tokens = want.Get("bannedTokens").Uint32s();
-      const Field noise = want.Get("noise");
-      if (!noise.IsNull()) candidates.noise = NoiseFromJs(noise);
-      return candidates;
-    }
-    case 3:
-      return WantTargets{want.Get("tokens").Uint32s()};
-    case 4:
-      return WantLogits{static_cast<uint32_t>(want.Get("rows").Integer(0, kMostUint32))};
-    default:
-      return WantNothing{};
-  }
-}
-
-Extend ExtendFromJs(const Field& extend) {
-  Extend result;
-  result.tokens = extend.Get("tokens").Uint32s();
-  result.positions = extend.Get("positions").Uint32s();
-  result.block_table = extend.Get("blockTable").Uint32s();
-  result.cached_tokens = extend.Get("cachedTokens").Integer(0, kMostUint32);
-  result.bidirectional_tokens = extend.Get("bidirectionalTokens").Integer(0, kMostUint32);
-  result.first_layer = extend.Get("firstLayer").Integer(0, kMostUint32);
-  result.end_layer = extend.Get("endLayer").Integer(0, kMostUint32);
-  result.want = WantFromJs(extend.Get("want"));
-  return result;
-}
 
 TensorSource TensorFromJs(const Field& tensor) {
   TensorSource source;
@@ -70,46 +24,6 @@ TensorSource TensorFromJs(const Field& tensor) {
   source.type = static_cast<TensorType>(tensor.Get("dtype").OneOf({"F32", "F16", "I8", "U8"}));
   for (const Field& size : tensor.Get("shape").Elements()) source.shape.push_back(size.Integer(0, kMostSafeInteger));
   return source;
-}
-
-Napi::Value Uint32sToJs(Napi::Env env, const std::vector<uint32_t>& values) {
-  Napi::Uint32Array array = Napi::Uint32Array::New(env, values.size());
-  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(uint32_t));
-  return array;
-}
-
-Napi::Value Float32sToJs(Napi::Env env, const std::vector<float>& values) {
-  Napi::Float32Array array = Napi::Float32Array::New(env, values.size());
-  if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(float));
-  return array;
-}
-
-Napi::Value ExtendResultToJs(Napi::Env env, const ExtendResult& result) {
-  Napi::Object object = Napi::Object::New(env);
-  if (const auto* sample = std::get_if<SampleResult>(&result)) {
-    object.Set("kind", "sample");
-    object.Set("token", Napi::Number::New(env, sample->token));
-    object.Set("logprob", Napi::Number::New(env, sample->logprob));
-    object.Set("topTokens", Uint32sToJs(env, sample->top_tokens));
-    object.Set("topLogprobs", Float32sToJs(env, sample->top_logprobs));
-  } else if (const auto* candidates = std::get_if<Candidates>(&result)) {
-    object.Set("kind", "candidates");
-    object.Set("tokens", Uint32sToJs(env, candidates->tokens));
-    object.Set("logprobs", Float32sToJs(env, candidates->logprobs));
-    object.Set("keys", Float32sToJs(env, candidates->keys));
-  } else if (const auto* targets = std::get_if<TargetsResult>(&result)) {
-    object.Set("kind", "targets");
-    object.Set("logprobs", Float32sToJs(env, targets->logprobs));
-  } else if (const auto* logits = std::get_if<LogitsResult>(&result)) {
-    object.Set("kind", "logits");
-    object.Set("logits", Float32sToJs(env, logits->logits));
-  } else if (const auto* error = std::get_if<ErrorResult>(&result)) {
-    object.Set("kind", "error");
-    object.Set("message", Napi::String::New(env, error->message));
-  } else {
-    object.Set("kind", "none");
-  }
-  return object;
 }
 
 Napi::Value CodedError(Napi::Env env, ErrorCode code, const std::string& message) {
@@ -151,14 +65,6 @@ double Field::Number() const {
 std::string Field::Text() const {
   if (!value_.IsString()) Fail("a string");
   return value_.As<Napi::String>().Utf8Value();
-}
-
-uint64_t Field::BigUint64() const {
-  if (!value_.IsBigInt()) Fail("a bigint");
-  bool lossless = false;
-  const uint64_t number = value_.As<Napi::BigInt>().Uint64Value(&lossless);
-  if (!lossless) Fail("a bigint from 0 to 2^64 - 1");
-  return number;
 }
 
 std::vector<uint32_t> Field::Uint32s() const {
@@ -239,21 +145,20 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   return result;
 }
 
-Step StepFromJs(Napi::Value value) {
-  const Field step(value, "");
-  Step result;
-  result.step_id = static_cast<uint32_t>(step.Get("stepId").Integer(0, kMostUint32));
-  result.block_copies = step.Get("blockCopies").Uint32s();
-  for (const Field& extend : step.Get("extends").Elements()) result.extends.push_back(ExtendFromJs(extend));
-  return result;
+Step StepFromJs(Napi::Value step_id, Napi::Value body) {
+  const uint32_t id = static_cast<uint32_t>(Field(step_id, "stepId").Integer(0, kMostUint32));
+  if (!body.IsTypedArray() || body.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) Field(body, "body").Fail("a Uint8Array");
+  const Napi::Uint8Array bytes = body.As<Napi::Uint8Array>();
+  return DecodeStep(id, bytes.Data(), bytes.ElementLength());
 }
 
-Napi::Value StepResultToJs(Napi::Env env, const StepResult& result) {
+Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result) {
   Napi::Object object = Napi::Object::New(env);
-  Napi::Array results = Napi::Array::New(env, result.results.size());
-  for (size_t i = 0; i < result.results.size(); ++i) results.Set(static_cast<uint32_t>(i), ExtendResultToJs(env, result.results[i]));
+  const size_t bytes = result.body.size() * sizeof(uint32_t);
+  Napi::Uint8Array body = Napi::Uint8Array::New(env, bytes);
+  if (bytes > 0) std::memcpy(body.Data(), result.body.data(), bytes);
   object.Set("stepId", Napi::Number::New(env, result.step_id));
-  object.Set("results", results);
+  object.Set("body", body);
   object.Set("computeMicros", Napi::Number::New(env, static_cast<double>(result.compute_micros)));
   object.Set("collectiveMicros", Napi::Number::New(env, static_cast<double>(result.collective_micros)));
   object.Set("evaluateMicros", Napi::Number::New(env, static_cast<double>(result.evaluate_micros)));

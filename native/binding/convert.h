@@ -24,7 +24,6 @@ class Field {
   int64_t Integer(int64_t least, int64_t most) const;
   double Number() const;
   std::string Text() const;
-  uint64_t BigUint64() const;
   std::vector<uint32_t> Uint32s() const;
   // Index into `names`.
   size_t OneOf(const std::vector<std::string>& names) const;
@@ -36,10 +35,17 @@ class Field {
   std::string path_;  // empty: the argument itself
 };
 
+// A step's result as it goes to JavaScript.
+struct EncodedStepResult {
+  uint32_t step_id = 0;
+  std::vector<uint32_t> body;  // EncodeResults
+  int64_t compute_micros = 0, collective_micros = 0, evaluate_micros = 0;
+};
+
 EngineOptions EngineOptionsFromJs(Napi::Value options);
-Step StepFromJs(Napi::Value step);
+Step StepFromJs(Napi::Value step_id, Napi::Value body);
 SamplingParams SamplingParamsFromJs(const Field& params);
-Napi::Value StepResultToJs(Napi::Env env, const StepResult& result);
+Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result);
 Napi::Value MemoryToJs(Napi::Env env, const EngineMemory& memory);
 
 // An Error with `code`: INVALID_ARGUMENT, CHECKPOINT, OUT_OF_MEMORY, TIMEOUT, ABORTED or INTERNAL. A JavaScript exception stays what it is.

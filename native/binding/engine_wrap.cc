@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "model/step_codec.h"
 
 namespace tandem {
 
@@ -20,7 +21,10 @@ class EngineThread final : public Stoppable {
     return engine_->memory();
   }
 
-  StepResult Run(const Step& step) { return engine_->Run(step); }
+  EncodedStepResult Run(const Step& step) {
+    const StepResult result = engine_->Run(step);
+    return {result.step_id, EncodeResults(result.results), result.compute_micros, result.collective_micros, result.evaluate_micros};
+  }
 
   void Unload() {
     std::unique_ptr<Engine> engine;
@@ -98,10 +102,10 @@ EngineWrap::EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Engine
 Napi::Value EngineWrap::StepMethod(const Napi::CallbackInfo& info) {
   try {
     if (engine_ == nullptr) throw Error(ErrorCode::kAborted, "the engine was disposed of");
-    auto step = std::make_shared<const Step>(StepFromJs(info[0]));
+    auto step = std::make_shared<const Step>(StepFromJs(info[0], info[1]));
     const auto run = [engine = engine_, step] { return engine->Run(*step); };
-    return AsyncCall<StepResult>::Start(info.Env(), runtime_, engine_->thread(), run,
-                                        [](Napi::Env env, StepResult& result) { return StepResultToJs(env, result); });
+    return AsyncCall<EncodedStepResult>::Start(info.Env(), runtime_, engine_->thread(), run,
+                                        [](Napi::Env env, EncodedStepResult& result) { return StepResultToJs(env, result); });
   } catch (...) {
     return Rejected(info.Env(), std::current_exception());
   }
