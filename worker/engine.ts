@@ -1,4 +1,4 @@
-import { loadAddon, nativeErrorCode, type NativeAddon, type NativeEngine } from '../native/binding/addon.js';
+import { loadAddon, nativeErrorCode, type NativeAddon, type NativeEngine, type NativeIsa } from '../native/binding/addon.js';
 import { openStore } from '../model/store/open-store.js';
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 
@@ -41,7 +41,7 @@ export async function loadEngine(assignment: Assignment__Output, rank: number): 
     rank,
     worldSize: assignment.worldSize,
     threads: assignment.threads,
-    isa: assignment.isa === '' ? null : (assignment.isa as 'avx512' | 'avx2' | 'generic'),
+    isa: assignment.isa === '' ? null : (assignment.isa as NativeIsa),
     kv: { numBlocks: assignment.kvBlocks, blockSize: assignment.kvBlockSize, dtype: assignment.kvDtype === 'fp32' ? 'fp32' : 'fp16' },
     maxBatchTokens: assignment.maxBatchTokens,
     communicator: assignment.worldSize === 1 ? null : { name: assignment.communicator, timeoutMs: assignment.collectiveTimeoutMs },

@@ -101,7 +101,7 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
         threads: { group: SERVER, ...wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }) },
         'kv-dtype': { group: SERVER, choices: ['fp16', 'fp32'], requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' },
         isa: {
-          ...{ group: SERVER, choices: ['auto', 'avx512', 'avx2', 'generic'], requiresArg: true, default: 'auto' },
+          ...{ group: SERVER, choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'], requiresArg: true, default: 'auto' },
           describe: 'Instruction set of the kernels',
         },
       })

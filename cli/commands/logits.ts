@@ -34,7 +34,7 @@ export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
       .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
       .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp32', describe: 'Precision of the KV cache' })
       .option('isa', {
-        choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+        choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'] as const,
         requiresArg: true,
         default: 'auto',
         describe: 'Instruction set of the kernels',

@@ -73,7 +73,7 @@ const FLAGS: Readonly<Record<string, Options>> = {
   'kv-blocks': wholeNumber('kv-blocks', { min: 1, describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' }),
   'kv-dtype': { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' },
   isa: {
-    choices: ['auto', 'avx512', 'avx2', 'generic'] as const,
+    choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'] as const,
     requiresArg: true,
     default: 'auto',
     describe: 'Instruction set of the kernels',

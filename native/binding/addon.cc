@@ -101,5 +101,11 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
 }  // namespace
 }  // namespace tandem
 
-static Napi::Object InitAddon(Napi::Env env, Napi::Object exports) { return tandem::Init(env, exports); }
+static Napi::Object InitAddon(Napi::Env env, Napi::Object exports) {
+  try {
+    return tandem::Init(env, exports);
+  } catch (const tandem::Error&) {
+    throw Napi::Error(env, tandem::ErrorToJs(env, std::current_exception()));
+  }
+}
 NODE_API_MODULE(tandem_addon, InitAddon)

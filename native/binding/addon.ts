@@ -24,11 +24,14 @@ export interface NativeAddon {
 
 export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
 
+/** Instruction sets of the kernels, the best one first. */
+export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'generic';
+
 export interface NativeBuild {
   readonly backends: readonly string[];
   readonly compiler: string;
-  /** Instruction set in use: `avx512`, `avx2` or `generic`. */
-  readonly isa: string;
+  /** Instruction set in use: the best that this CPU has, or what the environment variable `TANDEM_ISA` names. */
+  readonly isa: NativeIsa;
 }
 
 export interface NativeEngineOptions {
@@ -48,8 +51,8 @@ export interface NativeEngineOptions {
   readonly rank: number;
   readonly worldSize: number;
   readonly threads: number;
-  /** Null: the best instruction set this CPU has. */
-  readonly isa: 'avx512' | 'avx2' | 'generic' | null;
+  /** Null: `build.isa`. */
+  readonly isa: NativeIsa | null;
   readonly kv: { readonly numBlocks: number; readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
   /** Most tokens of all Extends of one step together; sizes the workspace. */
   readonly maxBatchTokens: number;

@@ -131,8 +131,8 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   result.shard.world_size = static_cast<int>(options.Get("worldSize").Integer(1, kMostInt));
   result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
   const Field isa = options.Get("isa");
-  constexpr Isa kIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
-  if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512", "avx2", "generic"})];
+  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+  if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "generic"})];
   const Field kv = options.Get("kv");
   result.kv_blocks = kv.Get("numBlocks").Integer(1, kMostInt);
   result.kv_block_size = kv.Get("blockSize").Integer(1, kMostInt);

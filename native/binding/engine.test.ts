@@ -184,8 +184,8 @@ describe('forward pass', () => {
     });
   });
 
-  test.each(['generic', 'avx2', 'avx512'] as const)('is the same with %s kernels', async (isa) => {
-    const order = ['generic', 'avx2', 'avx512'];
+  test.each(['generic', 'avx2', 'avx512', 'avx512vnni'] as const)('is the same with %s kernels', async (isa) => {
+    const order = ['generic', 'avx2', 'avx512', 'avx512vnni'];
     if (order.indexOf(isa) > order.indexOf(native.build.isa)) {
       await expect(native.createEngine(engineOptions({ isa }, 0, ''))).rejects.toThrow(/^isa: /);
       return;

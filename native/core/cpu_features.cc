@@ -1,5 +1,10 @@
 #include "core/cpu_features.h"
 
+#include <cstdlib>
+#include <string>
+
+#include "core/error.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -19,25 +24,43 @@ static Isa DetectIsa() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !CpuHasF16c()) return Isa::kGeneric;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return avx512 ? Isa::kAvx512 : Isa::kAvx2;
+  if (!avx512) return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
 }
 #else
 static Isa DetectIsa() { return Isa::kGeneric; }
 #endif
 
-Isa BestIsa() {
+static Isa IsaOfEnvironment() {
+  const char* name = std::getenv("TANDEM_ISA");
+  if (name == nullptr || *name == '\0') return CpuIsa();
+  std::string supported;
+  for (const Isa isa : kAllIsas) {
+    if (!IsaSupported(isa)) break;
+    if (std::string(name) == IsaName(isa)) return isa;
+    supported += std::string(supported.empty() ? "" : ", ") + IsaName(isa);
+  }
+  throw Error(ErrorCode::kInvalidArgument, std::string("TANDEM_ISA: this CPU has no \"") + name + "\", it has " + supported);
+}
+
+Isa CpuIsa() {
   static const Isa best = DetectIsa();
   return best;
 }
 
-// Each set contains the ones before it.
-bool IsaSupported(Isa isa) { return static_cast<int>(isa) <= static_cast<int>(BestIsa()); }
+bool IsaSupported(Isa isa) { return isa <= CpuIsa(); }
+
+Isa BestIsa() {
+  static const Isa best = IsaOfEnvironment();
+  return best;
+}
 
 const char* IsaName(Isa isa) {
   switch (isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Vnni: return "avx512vnni";
   }
   return "unknown";
 }

@@ -21,23 +21,18 @@ constexpr int64_t kWeightBits = type == WeightType::kF32 ? 32 : type == WeightTy
 constexpr int64_t kMinMultiplications = 1 << 15;
 constexpr int64_t kGrain = 16;  // rows; linear_vector.inc's kPanelRows
 
-float ScaleAt(const LinearWeight& weight, int64_t o, int64_t c) {
-  return HalfToFloat(weight.scales[o * weight.groups + (c + weight.group_offset) / weight.group_size]);
-}
-
 float WeightAt(const LinearWeight& weight, int64_t o, int64_t c) {
   const uint8_t* row = static_cast<const uint8_t*>(weight.data) + o * weight.row_stride;
   switch (weight.type) {
     case WeightType::kF32: return reinterpret_cast<const float*>(row)[c];
     case WeightType::kF16: return HalfToFloat(reinterpret_cast<const uint16_t*>(row)[c]);
-    case WeightType::kI8: return static_cast<float>(reinterpret_cast<const int8_t*>(row)[c]) * ScaleAt(weight, o, c);
-    case WeightType::kI4: {
-      const int nibble = c % 2 == 0 ? row[c / 2] >> 4 : row[c / 2] & 15;
-      return static_cast<float>(nibble < 8 ? nibble : nibble - 16) * ScaleAt(weight, o, c);
-    }
+    case WeightType::kI8:
+    case WeightType::kI4: return static_cast<float>(QuantizedAt(weight, o, c)) * ScaleAt(weight, o, c);
   }
   return 0.0f;
 }
+
+}  // namespace
 
 void CheckWeight(const LinearWeight& weight) {
   if (weight.rows == 0 || weight.cols == 0) return;
@@ -54,7 +49,16 @@ void CheckWeight(const LinearWeight& weight) {
   }
 }
 
-}  // namespace
+int QuantizedAt(const LinearWeight& weight, int64_t o, int64_t c) {
+  const uint8_t* row = static_cast<const uint8_t*>(weight.data) + o * weight.row_stride;
+  if (weight.type == WeightType::kI8) return reinterpret_cast<const int8_t*>(row)[c];
+  const int nibble = c % 2 == 0 ? row[c / 2] >> 4 : row[c / 2] & 15;
+  return nibble < 8 ? nibble : nibble - 16;
+}
+
+float ScaleAt(const LinearWeight& weight, int64_t o, int64_t c) {
+  return HalfToFloat(weight.scales[o * weight.groups + (c + weight.group_offset) / weight.group_size]);
+}
 
 void LinearRef(const LinearWeight& weight, const float* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride) {
   for (int64_t i = 0; i < m; ++i) {

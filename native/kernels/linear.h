@@ -30,6 +30,13 @@ struct LinearWeight {
 void Linear(Isa isa, const LinearWeight& weight, const float* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride,
             ThreadPool& pool);
 
+// Throws kInvalidArgument if the groups do not hold the columns, or an int4 row would begin or end within a byte.
+void CheckWeight(const LinearWeight& weight);
+
+// q[o, c] and its scale, of a quantised weight.
+int QuantizedAt(const LinearWeight& weight, int64_t o, int64_t c);
+float ScaleAt(const LinearWeight& weight, int64_t o, int64_t c);
+
 // The definition: double sums, one element at a time.
 void LinearRef(const LinearWeight& weight, const float* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride);
 

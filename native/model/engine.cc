@@ -19,7 +19,7 @@ ModelShape CheckedShape(const EngineOptions& options) {
   Check(options.threads >= 1 && options.threads <= 1024, "threads: " + std::to_string(options.threads) + " is not in 1 .. 1024");
   Check(options.max_batch_tokens >= 1 && options.max_batch_tokens <= int64_t{1} << 24,
         "maxBatchTokens: " + std::to_string(options.max_batch_tokens) + " is not in 1 .. 2^24");
-  if (options.isa) Check(IsaSupported(*options.isa), std::string("isa: this CPU has no ") + IsaName(*options.isa) + ", its best is " + IsaName(BestIsa()));
+  if (options.isa) Check(IsaSupported(*options.isa), std::string("isa: this CPU has no ") + IsaName(*options.isa) + ", its best is " + IsaName(CpuIsa()));
   Check(options.shard.world_size == 1 || options.communicator, "communicator: world size " + std::to_string(options.shard.world_size) + " needs one");
   return options.model;
 }

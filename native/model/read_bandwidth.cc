@@ -32,7 +32,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=51
 
 uint64_t Sum(Isa isa, const uint64_t* words, int64_t count) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return SumAvx512(words, count);
+  if (isa >= Isa::kAvx512) return SumAvx512(words, count);
   if (isa == Isa::kAvx2) return SumAvx2(words, count);
 #endif
   (void)isa;

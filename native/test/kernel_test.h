@@ -24,7 +24,7 @@ inline std::vector<float> RandomFloats(int64_t count, uint32_t seed, float scale
 
 // Runs the test body for every instruction set that this CPU has, and says which ones are left out.
 inline void ForEachIsa(const std::function<void(Isa)>& body) {
-  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kAllIsas) {
     if (IsaSupported(isa)) {
       body(isa);
     } else {

@@ -301,7 +301,7 @@ TEST(log_sum_exp_is_stable) {
 }
 
 TEST(log_sum_exp_of_each_instruction_set_agrees_with_its_definition) {
-  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kAllIsas) {
     if (!IsaSupported(isa)) continue;
     for (int64_t count = 1; count <= 70; ++count) {
       std::vector<float> logits = RandomFloats(count + 1, static_cast<uint32_t>(count));

@@ -73,6 +73,72 @@ TANDEM_INLINE void ReduceAdd4(const F32* a, float* out) {
   const __m128 s23 = _mm_add_ps(_mm_unpacklo_ps(a2, a3), _mm_unpackhi_ps(a2, a3));
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(s01, s23), _mm_movehl_ps(s23, s01)));
 }
+TANDEM_INLINE float ReduceMax(F32 a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+TANDEM_INLINE void StoreI8(int8_t* p, F32 value) {
+  const __m256i wide = _mm256_cvtps_epi32(value);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
 TANDEM_INLINE void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+struct I32x16 {
+  __m256i v[2];
+};
+using U8x64 = I32x16;
+struct F32x16 {
+  __m256 v[2];
+};
+struct I8Rows {
+  __m256i magnitude[2], value[2];
+};
+constexpr int32_t kI8Offset = 0;
+
+TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
+  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))}};
+}
+TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {{_mm256_and_si256(bytes.v[0], mask), _mm256_and_si256(bytes.v[1], mask)}};
+}
+TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles({{_mm256_srli_epi16(bytes.v[0], 4), _mm256_srli_epi16(bytes.v[1], 4)}}); }
+TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {
+  const __m256i top = _mm256_set1_epi8(-128);
+  const __m256i a = _mm256_xor_si256(bytes.v[0], top), b = _mm256_xor_si256(bytes.v[1], top);
+  return {{_mm256_abs_epi8(a), _mm256_abs_epi8(b)}, {a, b}};
+}
+TANDEM_INLINE I32x16 SetI32x16(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+TANDEM_INLINE __m256i Four(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+TANDEM_INLINE __m256i AddPairs(__m256i sums, __m256i pairs) { return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {
+  const __m256i first = Four(x), second = Four(x + 4);
+  for (int i = 0; i < 2; ++i) {  // 4 products of at most 15 * 127 fit into 16 bits
+    sums.v[i] = AddPairs(sums.v[i], _mm256_add_epi16(_mm256_maddubs_epi16(low.v[i], first), _mm256_maddubs_epi16(high.v[i], second)));
+  }
+  return sums;
+}
+// |w| * (x with w's sign): the sums of pairs, at most 2 * 128 * 127, do not saturate.
+TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
+  const __m256i four = Four(x);
+  for (int i = 0; i < 2; ++i) sums.v[i] = AddPairs(sums.v[i], _mm256_maddubs_epi16(rows.magnitude[i], _mm256_sign_epi8(four, rows.value[i])));
+  return sums;
+}
+TANDEM_INLINE F32x16 Load16(const float* p) { return {{Load(p), Load(p + 8)}}; }
+TANDEM_INLINE F32x16 LoadHalf16(const uint16_t* p) { return {{LoadHalf(p), LoadHalf(p + 8)}}; }
+TANDEM_INLINE void Store16(float* p, F32x16 value) {
+  Store(p, value.v[0]);
+  Store(p + 8, value.v[1]);
+}
+TANDEM_INLINE F32x16 AddScaled(F32x16 y, I32x16 sums, F32x16 w_scale, float x_scale) {
+  for (int i = 0; i < 2; ++i) y.v[i] = Add(y.v[i], Mul(_mm256_cvtepi32_ps(sums.v[i]), Mul(w_scale.v[i], Set1(x_scale))));
+  return y;
+}
 
 }  // namespace tandem::avx2

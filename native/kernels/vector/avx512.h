@@ -69,6 +69,48 @@ TANDEM_INLINE void ReduceAdd4(const F32* a, float* out) {
   const __m128 s23 = _mm_add_ps(_mm_unpacklo_ps(a2, a3), _mm_unpackhi_ps(a2, a3));
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(s01, s23), _mm_movehl_ps(s23, s01)));
 }
+TANDEM_INLINE float ReduceMax(F32 a) { return _mm512_reduce_max_ps(a); }
+TANDEM_INLINE void StoreI8(int8_t* p, F32 value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+}
 TANDEM_INLINE void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+using U8x64 = __m512i;
+using I32x16 = __m512i;
+using F32x16 = __m512;
+struct I8Rows {
+  __m512i magnitude;
+  __mmask64 negative;
+};
+constexpr int32_t kI8Offset = 0;
+
+TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return _mm512_loadu_si512(p); }
+TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles(_mm512_srli_epi16(bytes, 4)); }
+TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {
+  const __m512i value = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+  return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
+}
+TANDEM_INLINE I32x16 SetI32x16(int32_t value) { return _mm512_set1_epi32(value); }
+TANDEM_INLINE __m512i Four(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+TANDEM_INLINE __m512i AddPairs(__m512i sums, __m512i pairs) { return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))); }
+TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {  // 4 products of at most 15 * 127 fit into 16 bits
+  return AddPairs(sums, _mm512_add_epi16(_mm512_maddubs_epi16(low, Four(x)), _mm512_maddubs_epi16(high, Four(x + 4))));
+}
+// |w| * (x with w's sign): the sums of pairs, at most 2 * 128 * 127, do not saturate.
+TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
+  const __m512i four = Four(x);
+  return AddPairs(sums, _mm512_maddubs_epi16(rows.magnitude, _mm512_mask_sub_epi8(four, rows.negative, _mm512_setzero_si512(), four)));
+}
+TANDEM_INLINE F32x16 Load16(const float* p) { return Load(p); }
+TANDEM_INLINE F32x16 LoadHalf16(const uint16_t* p) { return LoadHalf(p); }
+TANDEM_INLINE void Store16(float* p, F32x16 value) { Store(p, value); }
+TANDEM_INLINE F32x16 AddScaled(F32x16 y, I32x16 sums, F32x16 w_scale, float x_scale) {
+  return Add(y, Mul(_mm512_cvtepi32_ps(sums), Mul(w_scale, Set1(x_scale))));
+}
 
 }  // namespace tandem::avx512

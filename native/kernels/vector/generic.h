@@ -2,7 +2,14 @@
 // which every CPU's baseline holds (SSE2, NEON). The other files of this folder define the same names for one instruction set each.
 //
 // LoadPartial fills the lanes from `count` on with zeros. Max gives b where a or b is NaN. ReduceAdd adds the upper half of the lanes to the lower
-// half until one is left, in every file; ReduceAdd4 has the same bits as four ReduceAdd.
+// half until one is left, in every file; ReduceAdd4 has the same bits as four ReduceAdd. StoreI8 takes whole numbers from -128 to 127.
+//
+// For 16 rows of weights at a time (kernels/packed_linear.h has the layout) there are the types U8x64, 16 rows of 4 bytes; I32x16 and F32x16, a number
+// for each row; I8Rows, what DotI8 wants to know of a U8x64; and
+//   DotI4(sums, low, high, x)   sums + for each row low[0..3] . x[0..3] + high[0..3] . x[4..7], for bytes in low and high up to 15, x of int8 > -128
+//   DotI8(sums, rows, x)        sums + for each row (byte - 128 + kI8Offset)[0..3] . x[0..3], for any bytes, x of int8 > -128
+//   AddScaled(y, sums, w, x)    y + float(sums) * (w * x), each product and the sum rounded
+// These have the same bits in every file.
 #pragma once
 
 #include <cstdint>
@@ -87,6 +94,89 @@ TANDEM_INLINE float ReduceAdd(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 TANDEM_INLINE void ReduceAdd4(const F32* a, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = ReduceAdd(a[i]);
 }
+TANDEM_INLINE float ReduceMax(F32 a) {
+  const float upper = a[0] > a[2] ? a[0] : a[2], lower = a[1] > a[3] ? a[1] : a[3];
+  return upper > lower ? upper : lower;
+}
+TANDEM_INLINE void StoreI8(int8_t* p, F32 value) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(value[i]);
+}
 TANDEM_INLINE void Prefetch(const void* p) { __builtin_prefetch(p); }
+
+typedef int16_t I16 __attribute__((vector_size(16)));
+typedef uint16_t U16 __attribute__((vector_size(16)));
+struct U8x64 {
+  I16 v[4];
+};
+struct I32x16 {
+  I32 v[4];
+};
+struct F32x16 {
+  F32 v[4];
+};
+struct I8Rows {
+  I16 even[4], odd[4];
+};
+constexpr int32_t kI8Offset = 0;
+
+TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
+  U8x64 bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
+  for (I16& v : bytes.v) v &= 0x0f0f;
+  return bytes;
+}
+TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) {
+  for (I16& v : bytes.v) v = (v >> 4) & 0x0f0f;
+  return bytes;
+}
+TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {
+  I8Rows rows;
+  for (int i = 0; i < 4; ++i) {
+    rows.even[i] = (bytes.v[i] & 0xff) - 128;
+    rows.odd[i] = (I16)((U16)bytes.v[i] >> 8) - 128;
+  }
+  return rows;
+}
+TANDEM_INLINE I32x16 SetI32x16(int32_t value) {
+  const I32 v = {value, value, value, value};
+  return {{v, v, v, v}};
+}
+// Columns 0 and 2, and 1 and 3, of the 4 from x on, once for each of 4 rows.
+TANDEM_INLINE void EvenAndOdd(const int8_t* x, I16* even, I16* odd) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  const I16 all = (I16)I32{four, four, four, four};
+  *even = (I16)((U16)all << 8) >> 8;
+  *odd = all >> 8;
+}
+TANDEM_INLINE I32 AddPairs(I32 sums, I16 pairs) { return sums + ((I32)((I32)pairs << 16) >> 16) + ((I32)pairs >> 16); }
+TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {
+  I16 even[2], odd[2];
+  EvenAndOdd(x, &even[0], &odd[0]);
+  EvenAndOdd(x + 4, &even[1], &odd[1]);
+  for (int i = 0; i < 4; ++i) {  // 4 products of at most 15 * 127 fit into 16 bits
+    const I16 pairs = (low.v[i] & 0xff) * even[0] + (low.v[i] >> 8) * odd[0] + (high.v[i] & 0xff) * even[1] + (high.v[i] >> 8) * odd[1];
+    sums.v[i] = AddPairs(sums.v[i], pairs);
+  }
+  return sums;
+}
+TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
+  I16 even, odd;
+  EvenAndOdd(x, &even, &odd);
+  for (int i = 0; i < 4; ++i) sums.v[i] = AddPairs(sums.v[i], rows.even[i] * even + rows.odd[i] * odd);  // 2 * 128 * 127 fits
+  return sums;
+}
+TANDEM_INLINE F32x16 Load16(const float* p) { return {{Load(p), Load(p + 4), Load(p + 8), Load(p + 12)}}; }
+TANDEM_INLINE F32x16 LoadHalf16(const uint16_t* p) { return {{LoadHalf(p), LoadHalf(p + 4), LoadHalf(p + 8), LoadHalf(p + 12)}}; }
+TANDEM_INLINE void Store16(float* p, F32x16 value) {
+  for (int i = 0; i < 4; ++i) Store(p + 4 * i, value.v[i]);
+}
+TANDEM_INLINE F32x16 AddScaled(F32x16 y, I32x16 sums, F32x16 w_scale, float x_scale) {
+  for (int i = 0; i < 4; ++i) y.v[i] = y.v[i] + __builtin_convertvector(sums.v[i], F32) * (w_scale.v[i] * Set1(x_scale));
+  return y;
+}
 
 }  // namespace tandem::generic
