@@ -6,15 +6,15 @@ import { ConfigError } from '../common/errors.js';
 import { packageRoot } from '../common/package-root.js';
 import { connect, type TandemClient } from './client.js';
 import type { ReadyMessage } from './commands/serve.js';
+import type { EngineFlags } from './engine-options.js';
 
 export interface LocalClusterOptions {
   /** Null: the tiny model. */
   readonly model: string | null;
   readonly worldSize?: number;
   readonly threads?: number;
-  readonly kvDtype?: 'fp16' | 'fp32';
   readonly kvBlocks?: number;
-  readonly isa?: string;
+  readonly engine?: Partial<EngineFlags>;
   readonly logLevel?: string;
   readonly stepTimeoutMs?: number;
   /** Serve HTTP, too. */
@@ -40,10 +40,11 @@ export interface LocalCluster {
 /** A server of one's own, on a private socket: the same `tandem serve`, ended with its parent. @throws ConfigError with its last line */
 export async function startLocalCluster(options: LocalClusterOptions): Promise<LocalCluster> {
   const dir = mkdtempSync(join(tmpdir(), 'tandem-cli-'));
-  const { model, worldSize = 1, threads = 1, kvDtype = 'fp16', isa = 'auto', logLevel = 'error' } = options;
+  const { model, worldSize = 1, threads = 1, engine = {}, logLevel = 'error' } = options;
   const args = [
     ...['serve', '--listen', `unix:${join(dir, 'api.sock')}`, '--world-size', String(worldSize), '--threads', String(threads)],
-    ...['--kv-dtype', kvDtype, '--isa', isa, '--log-level', logLevel],
+    ...['--log-level', logLevel],
+    ...Object.entries(engine).flatMap(([name, value]) => [`--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`, value]),
     ...(model === null ? [] : ['--model', model]),
     ...(options.kvBlocks === undefined ? [] : ['--kv-blocks', String(options.kvBlocks)]),
     ...['--http-listen', options.http ? '127.0.0.1:0' : 'off'],

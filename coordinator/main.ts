@@ -47,8 +47,13 @@ export interface ServeOptions {
   readonly workerCommand: readonly string[];
   /** Null: enough for 32 sequences of full length, within a quarter of the memory. */
   readonly kvBlocks: number | null;
-  readonly kvDtype: 'fp16' | 'fp32';
-  readonly isa: string;
+  readonly engine: {
+    readonly kvDtype: 'fp16' | 'fp32';
+    /** `auto`: the best that each worker's CPU has. */
+    readonly isa: string;
+    readonly activations: 'int8' | 'float';
+    readonly quantizeEmbedding: 'none' | 'int8';
+  };
   readonly stepTimeoutMs: number;
   /** What clients call the model. */
   readonly modelName: string;
@@ -111,11 +116,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     worldSize: options.worldSize,
     modelPath: store.dir,
     threads: options.threads,
-    isa: options.isa,
-    kv: { blockSize: KV_BLOCK_SIZE, dtype: options.kvDtype },
+    engine: options.engine,
+    kvBlockSize: KV_BLOCK_SIZE,
     kvBlocks: (totalMemoryBytes) =>
       options.kvBlocks ??
-      kvBlocksFor({ config, share, blockSize: KV_BLOCK_SIZE, dtype: options.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
+      kvBlocksFor({ config, share, blockSize: KV_BLOCK_SIZE, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
     maxBatchTokens,
     collectiveTimeoutMs: options.stepTimeoutMs,
     stepTimeoutMs: options.stepTimeoutMs,

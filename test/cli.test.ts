@@ -35,7 +35,7 @@ let cluster: LocalCluster;
 beforeAll(async () => {
   store = join(scratch, 'fp16');
   await expectSuccess(runCli(['import', ...fromTiny, '--to', store]));
-  cluster = await startLocalCluster({ model: store, worldSize: 2, kvDtype: 'fp32' });
+  cluster = await startLocalCluster({ model: store, worldSize: 2, engine: { kvDtype: 'fp32' } });
 });
 afterAll(() => cluster?.close());
 

@@ -23,6 +23,8 @@ import {
   type GoldenMask,
 } from './support/golden.js';
 
+/** The reference computes in floating point. */
+const EXACT = { kvDtype: 'fp32', activations: 'float' } as const;
 const LOGITS = 1e-3;
 const LOGPROBS = 5e-4;
 const RELATIVE_LOSS = 1e-5;
@@ -144,7 +146,7 @@ describe.each(
   let cluster: LocalCluster;
   let client: TandemClient;
   beforeAll(async () => {
-    cluster = await startLocalCluster({ model: await randomStore(model), worldSize, kvDtype: 'fp32' });
+    cluster = await startLocalCluster({ model: await randomStore(model), worldSize, engine: EXACT });
     client = cluster.client;
   });
   afterAll(() => cluster?.close());
@@ -363,7 +365,7 @@ describe.each(RANDOM_MODELS)('random model %s: rotary precision', (model) => {
     const cluster = await startLocalCluster({
       model: await randomStore(model, { rotaryPrecision: precision }),
       worldSize: 2,
-      kvDtype: 'fp32',
+      engine: EXACT,
     });
     try {
       for (const row of readGolden<{ cases: RotaryCase[] }>(`random/${model}/rotary-variants.json`).cases) {
@@ -402,7 +404,7 @@ describe.each(
     'with %i worker(s)',
     async (worldSize) => {
       const store = await randomStore(model, { quantize: quantised.bits, ranks });
-      const cluster = await startLocalCluster({ model: store, worldSize, kvDtype: 'fp32' });
+      const cluster = await startLocalCluster({ model: store, worldSize, engine: EXACT });
       try {
         for (const row of quantised.inputs) {
           const got = await logitsOf(cluster.client, row);

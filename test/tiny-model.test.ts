@@ -27,7 +27,7 @@ describe.each([
   let cluster: LocalCluster;
   let client: TandemClient;
   beforeAll(async () => {
-    cluster = await startLocalCluster({ model: null, worldSize, kvDtype, isa });
+    cluster = await startLocalCluster({ model: null, worldSize, engine: { kvDtype, isa } });
     client = cluster.client;
   });
   afterAll(() => cluster?.close());
@@ -74,7 +74,7 @@ describe.each([
 });
 
 test('logits of the last four positions', async () => {
-  const cluster = await startLocalCluster({ model: null, worldSize: 2, kvDtype: 'fp32' });
+  const cluster = await startLocalCluster({ model: null, worldSize: 2, engine: { kvDtype: 'fp32' } });
   try {
     const logits = readGolden<{ cases: { tokens: number[]; position_ids: number[]; logits: GoldenFloats }[] }>('tiny/logits.json');
     for (const { tokens, position_ids: positions, logits: expected } of logits.cases) {

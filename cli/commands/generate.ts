@@ -15,16 +15,15 @@ import { describeError, isServiceError } from '../describe-error.js';
 import { inLineTerms, isSeed, parseInputLine, toWireRequest, type GenerateParams, type PromptInput } from '../input-line.js';
 import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
+import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
 import { decimalNumber, wholeNumber } from '../number-option.js';
 import { readLines } from '../read-lines.js';
 
-interface GenerateArgs extends ConnectionArgs {
+interface GenerateArgs extends ConnectionArgs, EngineArgs {
   address: string | undefined;
   model: string | undefined;
   worldSize: number;
   threads: number;
-  kvDtype: string;
-  isa: string;
   inputSource: string;
   withId: boolean;
   outputPath: string | undefined;
@@ -99,11 +98,7 @@ export const generateCommand: CommandModule<unknown, GenerateArgs> = {
         model: { group: SERVER, type: 'string', describe: 'Model store (default: the tiny model)' },
         'world-size': { group: SERVER, ...wholeNumber('world-size', { min: 1, default: 1, describe: 'Workers' }) },
         threads: { group: SERVER, ...wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }) },
-        'kv-dtype': { group: SERVER, choices: ['fp16', 'fp32'], requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' },
-        isa: {
-          ...{ group: SERVER, choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'], requiresArg: true, default: 'auto' },
-          describe: 'Instruction set of the kernels',
-        },
+        ...engineOptions({ kvDtype: 'fp16', activations: 'int8' }, SERVER),
       })
       .check(({ seed }) => {
         if (!isSeed(seed)) throw new ConfigError(`--seed ${seed}: a whole number from 0 to 2^64 - 1 is needed`);
@@ -344,8 +339,7 @@ function clusterOptions(args: GenerateArgs) {
     model: args.model ?? null,
     worldSize: args.worldSize,
     threads: args.threads,
-    kvDtype: args.kvDtype === 'fp32' ? ('fp32' as const) : ('fp16' as const),
-    isa: args.isa,
+    engine: engineFlags(args),
   };
 }
 

@@ -2,17 +2,16 @@ import type { CommandModule } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
 import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
+import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
 
-interface LogitsArgs {
+interface LogitsArgs extends EngineArgs {
   model: string | undefined;
   tokens: string;
   bidirectional: number;
   positions: string | undefined;
   worldSize: number;
   threads: number;
-  kvDtype: string;
-  isa: string;
   all: boolean;
   json: boolean;
   noJson: boolean;
@@ -32,13 +31,7 @@ export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
       .option('positions', { type: 'string', describe: 'Position ids, one for each token (default: 0,1,2,...)' })
       .option('world-size', wholeNumber('world-size', { min: 1, default: 1, describe: 'Tensor-parallel workers to use' }))
       .option('threads', wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }))
-      .option('kv-dtype', { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp32', describe: 'Precision of the KV cache' })
-      .option('isa', {
-        choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'] as const,
-        requiresArg: true,
-        default: 'auto',
-        describe: 'Instruction set of the kernels',
-      })
+      .options(engineOptions({ kvDtype: 'fp32', activations: 'float' }))
       .option('all', { type: 'boolean', default: false, describe: "Every position's logits, not only the last one's" })
       .option('json', { type: 'boolean', default: true, describe: 'Print {"shape":[rows,V],"logits":[[...]]}' })
       .option('no-json', { type: 'boolean', default: false, describe: 'Print the five largest of each row instead' }) as never,
@@ -56,8 +49,7 @@ export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
         model: args.model ?? null,
         worldSize: args.worldSize,
         threads: args.threads,
-        kvDtype: args.kvDtype === 'fp16' ? 'fp16' : 'fp32',
-        isa: args.isa,
+        engine: engineFlags(args),
         signal,
       });
       try {

@@ -8,6 +8,7 @@ import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js'
 import { DEFAULT_STEP_TOKENS, startServer } from '../../coordinator/main.js';
 import { nativeBuild } from '../../worker/engine.js';
 import { modelOrTiny } from '../model-option.js';
+import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
 
 export const DEFAULT_ADDRESS = '127.0.0.1:7130';
@@ -18,7 +19,7 @@ const EXIT_INTERRUPTED = 130;
 
 type ServeArgs = FlagArgs & Partial<Record<LimitName, number>>;
 
-interface FlagArgs {
+interface FlagArgs extends EngineArgs {
   model: string | undefined;
   modelName: string | undefined;
   httpListen: string;
@@ -35,8 +36,6 @@ interface FlagArgs {
   workerListen: string | undefined;
   externalWorkers: boolean;
   kvBlocks: number | undefined;
-  kvDtype: string;
-  isa: string;
   stepTimeoutMs: number;
   logLevel: string;
 }
@@ -71,13 +70,7 @@ const FLAGS: Readonly<Record<string, Options>> = {
     describe: 'Workers are started by somebody else, with "tandem worker"',
   },
   'kv-blocks': wholeNumber('kv-blocks', { min: 1, describe: 'KV cache of each worker in blocks of 16 tokens (default: by memory)' }),
-  'kv-dtype': { choices: ['fp16', 'fp32'] as const, requiresArg: true, default: 'fp16', describe: 'Precision of the KV cache' },
-  isa: {
-    choices: ['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'] as const,
-    requiresArg: true,
-    default: 'auto',
-    describe: 'Instruction set of the kernels',
-  },
+  ...engineOptions({ kvDtype: 'fp16', activations: 'int8' }),
   'step-timeout-ms': wholeNumber('step-timeout-ms', { min: 1, default: 60_000, describe: 'A step that takes longer ends the epoch' }),
   'max-step-tokens': wholeNumber('max-step-tokens', {
     min: 0,
@@ -142,8 +135,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       contextCacheBlocks: args.contextCacheBlocks ?? null,
       otlpEndpoint: args.otlpEndpoint ?? null,
       kvBlocks: args.kvBlocks ?? null,
-      kvDtype: args.kvDtype === 'fp32' ? 'fp32' : 'fp16',
-      isa: args.isa === 'auto' ? '' : args.isa,
+      engine: engineFlags(args),
       stepTimeoutMs: args.stepTimeoutMs,
       logLevel: args.logLevel as LogLevel,
     });

@@ -18,9 +18,9 @@ export interface WorkerGroupOptions {
   readonly worldSize: number;
   readonly modelPath: string;
   readonly threads: number;
-  /** Empty: the best instruction set of each worker's CPU. */
-  readonly isa: string;
-  readonly kv: { readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
+  /** As the Assignment has it. */
+  readonly engine: { readonly kvDtype: string; readonly isa: string; readonly activations: string; readonly quantizeEmbedding: string };
+  readonly kvBlockSize: number;
   /** How many KV blocks a rank gets, from the smallest memory that a rank reports. Throws if not even one sequence fits. */
   readonly kvBlocks: (totalMemoryBytes: number) => number;
   readonly maxBatchTokens: number;
@@ -101,8 +101,8 @@ export class WorkerGroup implements Engine {
   }
 
   get capacity(): EngineCapacity {
-    const { kv, maxBatchTokens, numLayers } = this.options;
-    return { kvBlocks: this.kvBlocks, blockSize: kv.blockSize, maxBatchTokens, numLayers };
+    const { kvBlockSize, maxBatchTokens, numLayers } = this.options;
+    return { kvBlocks: this.kvBlocks, blockSize: kvBlockSize, maxBatchTokens, numLayers };
   }
 
   get epoch(): number {
@@ -252,11 +252,10 @@ export class WorkerGroup implements Engine {
           communicator,
           collectiveTimeoutMs: options.collectiveTimeoutMs,
           kvBlocks: this.kvBlocks,
-          kvBlockSize: options.kv.blockSize,
-          kvDtype: options.kv.dtype,
+          kvBlockSize: options.kvBlockSize,
           maxBatchTokens: options.maxBatchTokens,
           threads: options.threads,
-          isa: options.isa,
+          ...options.engine,
           heartbeatMs: options.heartbeatMs,
         },
       });

@@ -53,12 +53,19 @@ export interface NativeEngineOptions {
   readonly threads: number;
   /** Null: `build.isa`. */
   readonly isa: NativeIsa | null;
+  /** How activations meet INT8 and INT4 weights: quantised to int8 on their way, or in floating point. FP16 and FP32 weights take floats anyway. */
+  readonly activations: Activations;
+  /** The word embeddings (tied: the output projection too) as the store has them, or in INT8 with a scale for 128 columns of a row. */
+  readonly quantizeEmbedding: QuantizeEmbedding;
   readonly kv: { readonly numBlocks: number; readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
   /** Most tokens of all Extends of one step together; sizes the workspace. */
   readonly maxBatchTokens: number;
   /** Null at world size 1. `name` is the same on all ranks and never used twice. */
   readonly communicator: { readonly name: string; readonly timeoutMs: number } | null;
 }
+
+export type Activations = 'int8' | 'float';
+export type QuantizeEmbedding = 'none' | 'int8';
 
 export interface NativeTensor {
   readonly name: string;

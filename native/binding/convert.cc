@@ -133,6 +133,8 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   const Field isa = options.Get("isa");
   constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
   if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "generic"})];
+  result.weights.integer_products = options.Get("activations").OneOf({"int8", "float"}) == 0;
+  result.weights.quantize_embedding = options.Get("quantizeEmbedding").OneOf({"none", "int8"}) == 1;
   const Field kv = options.Get("kv");
   result.kv_blocks = kv.Get("numBlocks").Integer(1, kMostInt);
   result.kv_block_size = kv.Get("blockSize").Integer(1, kMostInt);

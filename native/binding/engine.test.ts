@@ -43,6 +43,8 @@ interface GroupOptions {
   readonly worldSize?: number;
   readonly kvDtype?: 'fp16' | 'fp32';
   readonly isa?: NativeEngineOptions['isa'];
+  readonly activations?: NativeEngineOptions['activations'];
+  readonly quantizeEmbedding?: NativeEngineOptions['quantizeEmbedding'];
   readonly threads?: number;
   readonly maxBatchTokens?: number;
   readonly timeoutMs?: number;
@@ -58,6 +60,8 @@ function engineOptions(options: GroupOptions, rank: number, name: string): Nativ
     worldSize,
     threads: options.threads ?? 1,
     isa: options.isa ?? null,
+    activations: options.activations ?? 'float',
+    quantizeEmbedding: options.quantizeEmbedding ?? 'none',
     kv: { numBlocks: 200, blockSize, dtype: options.kvDtype ?? 'fp32' },
     maxBatchTokens: options.maxBatchTokens ?? 512,
     communicator: worldSize === 1 ? null : { name, timeoutMs: options.timeoutMs ?? 20_000 },

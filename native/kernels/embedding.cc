@@ -9,28 +9,36 @@
 
 namespace tandem {
 
-void Embed(const LinearWeight& table, uint32_t first_token, const uint32_t* tokens, int64_t m, float* y, ThreadPool& pool) {
-  if (table.type != WeightType::kF32 && table.type != WeightType::kF16) {
-    throw Error(ErrorCode::kInvalidArgument, "embedding: the table is quantised, only fp32 and fp16 are supported");
-  }
-  const auto half_row_to_float = TANDEM_SELECT(BestIsa(), HalfRowToFloat);
+namespace {
+
+template <typename RowToFloat>
+void EmbedRows(int64_t rows, int64_t cols, uint32_t first_token, const uint32_t* tokens, int64_t m, float* y, ThreadPool& pool, RowToFloat row_to_float) {
   const auto body = [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
-      float* out = y + i * table.cols;
+      float* out = y + i * cols;
       const int64_t row = static_cast<int64_t>(tokens[i]) - first_token;
-      if (row < 0 || row >= table.rows) {
-        std::fill(out, out + table.cols, 0.0f);
-        continue;
-      }
-      const char* data = static_cast<const char*>(table.data) + row * table.row_stride;
-      if (table.type == WeightType::kF16) {
-        half_row_to_float(reinterpret_cast<const uint16_t*>(data), table.cols, out);
+      if (row < 0 || row >= rows) {
+        std::fill(out, out + cols, 0.0f);
       } else {
-        std::copy_n(reinterpret_cast<const float*>(data), table.cols, out);
+        row_to_float(row, out);
       }
     }
   };
-  pool.ParallelFor(m, std::max<int64_t>(1, 4096 / std::max<int64_t>(table.cols, 1)), std::cref(body));
+  pool.ParallelFor(m, std::max<int64_t>(1, 4096 / std::max<int64_t>(cols, 1)), std::cref(body));
+}
+
+}  // namespace
+
+void Embed(const LinearWeight& table, uint32_t first_token, const uint32_t* tokens, int64_t m, float* y, ThreadPool& pool) {
+  const auto half_row_to_float = TANDEM_SELECT(BestIsa(), HalfRowToFloat);
+  EmbedRows(table.rows, table.cols, first_token, tokens, m, y, pool, [&](int64_t row, float* out) {
+    if (table.type != WeightType::kF16) return DequantizeRow(table, row, out);
+    half_row_to_float(reinterpret_cast<const uint16_t*>(static_cast<const char*>(table.data) + row * table.row_stride), table.cols, out);
+  });
+}
+
+void Embed(const PackedWeight& table, uint32_t first_token, const uint32_t* tokens, int64_t m, float* y, ThreadPool& pool) {
+  EmbedRows(table.rows, table.cols(), first_token, tokens, m, y, pool, [&](int64_t row, float* out) { DequantizeRow(table, row, out); });
 }
 
 }  // namespace tandem

@@ -60,6 +60,10 @@ float ScaleAt(const LinearWeight& weight, int64_t o, int64_t c) {
   return HalfToFloat(weight.scales[o * weight.groups + (c + weight.group_offset) / weight.group_size]);
 }
 
+void DequantizeRow(const LinearWeight& weight, int64_t o, float* out) {
+  for (int64_t c = 0; c < weight.cols; ++c) out[c] = WeightAt(weight, o, c);
+}
+
 void LinearRef(const LinearWeight& weight, const float* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride) {
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t o = 0; o < weight.rows; ++o) {

@@ -37,6 +37,9 @@ void CheckWeight(const LinearWeight& weight);
 int QuantizedAt(const LinearWeight& weight, int64_t o, int64_t c);
 float ScaleAt(const LinearWeight& weight, int64_t o, int64_t c);
 
+// out[c] = W[o, c], [cols], of any type
+void DequantizeRow(const LinearWeight& weight, int64_t o, float* out);
+
 // The definition: double sums, one element at a time.
 void LinearRef(const LinearWeight& weight, const float* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride);
 

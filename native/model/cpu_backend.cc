@@ -11,9 +11,27 @@
 #include "kernels/geglu.h"
 #include "kernels/layernorm.h"
 #include "kernels/linear.h"
+#include "kernels/packed_linear.h"
+#include "kernels/quantize_rows.h"
 #include "model/evaluate_want.h"
 
 namespace tandem {
+
+namespace {
+
+int64_t MostQuantizedBytes(const Weights& weights, int64_t m) {
+  int64_t most = 0;
+  const auto count = [&](const OwnedLinear& weight) {
+    if (weight.packed) most = std::max(most, QuantizedBytes(weight.packed->segments, m));
+  };
+  count(weights.word_embeddings);
+  for (const LayerWeights& layer : weights.layers) {
+    for (const OwnedLinear* weight : {&layer.query_key_value, &layer.dense, &layer.dense_h_to_4h, &layer.dense_4h_to_h}) count(*weight);
+  }
+  return most;
+}
+
+}  // namespace
 
 CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache& kv, Communicator& communicator, ThreadPool& pool, Isa isa,
                        int64_t max_batch_tokens)
@@ -30,6 +48,7 @@ CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache&
   const int64_t row = static_cast<int64_t>(sizeof(float));
   const int64_t columns[] = {shape.hidden_size, shape.hidden_size, std::max(3 * local_hidden_, 2 * local_inner_), std::max(local_hidden_, local_inner_)};
   for (int i = 0; i < 4; ++i) activations_[i] = AlignedBuffer(max_batch_tokens * columns[i] * row, "activations");
+  quantized_ = AlignedBuffer(MostQuantizedBytes(weights, max_batch_tokens), "activations");
   carry_ = AlignedBuffer(max_batch_tokens * shape.hidden_size * row, "activations");
   const int64_t logits_rows = std::min(kMaxLogitsRows, max_batch_tokens);
   local_logits_ = AlignedBuffer(logits_rows * local_vocab_ * row, "logits");
@@ -38,7 +57,7 @@ CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache&
 }
 
 int64_t CpuBackend::workspace_bytes() const {
-  int64_t bytes = carry_.bytes() + local_logits_.bytes() + gathered_logits_.bytes() + logits_.bytes();
+  int64_t bytes = quantized_.bytes() + carry_.bytes() + local_logits_.bytes() + gathered_logits_.bytes() + logits_.bytes();
   for (const AlignedBuffer& buffer : activations_) bytes += buffer.bytes();
   return bytes + static_cast<int64_t>((rotary_.cos.size() + rotary_.sin.size()) * sizeof(float));
 }
@@ -73,7 +92,12 @@ void CpuBackend::RestoreCarry(int64_t first, int64_t count) {
 
 void CpuBackend::Embed(Activation out) {
   const uint32_t first_token = static_cast<uint32_t>(communicator_.rank() * local_vocab_);
-  tandem::Embed(weights_.word_embeddings.weight, first_token, batch_->tokens.data(), rows_, At(out), pool_);
+  const OwnedLinear& table = weights_.word_embeddings;
+  if (!table.packed) {
+    tandem::Embed(table.weight, first_token, batch_->tokens.data(), rows_, At(out), pool_);
+  } else {
+    tandem::Embed(*table.packed, first_token, batch_->tokens.data(), rows_, At(out), pool_);
+  }
 }
 
 void CpuBackend::LayerNorm(int64_t layer, Norm norm, Activation x) {
@@ -85,25 +109,34 @@ void CpuBackend::LayerNorm(int64_t layer, Norm norm, Activation x) {
 
 void CpuBackend::Linear(int64_t layer, Projection projection, Activation in, Activation out) {
   const LayerWeights& weights = Layer(layer);
-  const LinearWeight* weight = nullptr;
+  const OwnedLinear* weight = nullptr;
   const float* bias = nullptr;
   switch (projection) {
     case Projection::kQueryKeyValue:
-      weight = &weights.query_key_value.weight;
+      weight = &weights.query_key_value;
       bias = weights.query_key_value_bias.data();
       break;
     case Projection::kDense:
-      weight = &weights.dense.weight;
+      weight = &weights.dense;
       break;
     case Projection::kHTo4h:
-      weight = &weights.dense_h_to_4h.weight;
+      weight = &weights.dense_h_to_4h;
       bias = weights.dense_h_to_4h_bias.data();
       break;
     case Projection::k4hToH:
-      weight = &weights.dense_4h_to_h.weight;
+      weight = &weights.dense_4h_to_h;
       break;
   }
-  tandem::Linear(isa_, *weight, At(in), rows_, weight->cols, bias, At(out), weight->rows, pool_);
+  Multiply(*weight, At(in), rows_, bias, At(out));
+}
+
+void CpuBackend::Multiply(const OwnedLinear& weight, const float* x, int64_t m, const float* bias, float* y) {
+  if (!weight.packed) {
+    tandem::Linear(isa_, weight.weight, x, m, weight.cols(), bias, y, weight.rows(), pool_);
+    return;
+  }
+  QuantizeRows(isa_, weight.packed->segments, x, m, weight.cols(), quantized_.data(), pool_);
+  PackedLinear(isa_, *weight.packed, quantized_.data(), m, bias, y, weight.rows(), pool_);
 }
 
 void CpuBackend::RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) {
@@ -140,9 +173,8 @@ void CpuBackend::AddResidual(int64_t layer, Projection projection, float alpha, 
 }
 
 void CpuBackend::Logits(int64_t first, int64_t count) {
-  const LinearWeight& weight = weights_.word_embeddings.weight;
   float* local = local_logits_.as<float>();
-  tandem::Linear(isa_, weight, At(Activation::kHidden) + first * shape_.hidden_size, count, shape_.hidden_size, nullptr, local, local_vocab_, pool_);
+  Multiply(weights_.word_embeddings, At(Activation::kHidden) + first * shape_.hidden_size, count, nullptr, local);
   if (communicator_.world_size() == 1) return;
   float* gathered = gathered_logits_.as<float>();
   Timed([&] { communicator_.AllGather(local, count * local_vocab_ * static_cast<int64_t>(sizeof(float)), gathered); });

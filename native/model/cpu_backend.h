@@ -43,6 +43,8 @@ class CpuBackend final : public Backend {
  private:
   float* At(Activation activation) const { return activations_[static_cast<int>(activation)].as<float>(); }
   const LayerWeights& Layer(int64_t layer) const { return weights_.layers[static_cast<size_t>(layer)]; }
+  // y = x W^T + bias; x: [m, weight.cols()] dense, y: [m, weight.rows()] dense
+  void Multiply(const OwnedLinear& weight, const float* x, int64_t m, const float* bias, float* y);
   template <typename Collective>
   void Timed(Collective collective);
 
@@ -56,6 +58,7 @@ class CpuBackend final : public Backend {
   const RotaryTable rotary_;
 
   AlignedBuffer activations_[4];
+  AlignedBuffer quantized_;        // activations on their way into packed weights; only where there are any
   AlignedBuffer carry_;            // [max_batch_tokens, h]
   AlignedBuffer local_logits_;     // [kMaxLogitsRows, V / R]
   AlignedBuffer gathered_logits_;  // [R, kMaxLogitsRows, V / R]; only where R > 1

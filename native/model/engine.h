@@ -24,6 +24,7 @@ struct EngineOptions {
   ModelShape model;
   std::vector<TensorSource> tensors;
   Shard shard;
+  WeightOptions weights;
   int threads = 1;
   std::optional<Isa> isa;  // none: the best this CPU has
   int64_t kv_blocks = 0;

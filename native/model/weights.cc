@@ -1,5 +1,7 @@
 #include "model/weights.h"
 
+#include <algorithm>
+#include <cmath>
 #include <exception>
 #include <mutex>
 #include <string>
@@ -34,13 +36,52 @@ struct Share {
   }
 };
 
+// q = round(w / scale), ties to even, where scale is fp16 of max |w| / 127 over the group.
+OwnedLinear QuantizeToInt8(const LinearWeight& plain, const std::string& name, ThreadPool& pool) {
+  OwnedLinear linear;
+  LinearWeight& weight = linear.weight;
+  weight.type = WeightType::kI8;
+  weight.rows = plain.rows;
+  weight.cols = plain.cols;
+  weight.row_stride = (plain.cols + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  weight.group_size = kEmbeddingGroup;
+  weight.groups = (plain.cols + kEmbeddingGroup - 1) / kEmbeddingGroup;
+  linear.data = AlignedBuffer(weight.rows * weight.row_stride, name);
+  linear.scales = AlignedBuffer(weight.rows * weight.groups * 2, name);
+  weight.data = linear.data.data();
+  weight.scales = linear.scales.as<const uint16_t>();
+  pool.ParallelFor(weight.rows, 16, [&](int64_t begin, int64_t end, int) {
+    std::vector<float> values(static_cast<size_t>(plain.cols));
+    for (int64_t o = begin; o < end; ++o) {
+      DequantizeRow(plain, o, values.data());
+      int8_t* q = linear.data.as<int8_t>() + o * weight.row_stride;
+      for (int64_t group = 0; group < weight.groups; ++group) {
+        const auto first = values.begin() + group * kEmbeddingGroup, last = values.begin() + std::min((group + 1) * kEmbeddingGroup, plain.cols);
+        float largest = 0.0f;
+        for (auto value = first; value != last; ++value) largest = std::max(largest, std::abs(*value));
+        const uint16_t half = FloatToHalf(largest / 127.0f);
+        linear.scales.as<uint16_t>()[o * weight.groups + group] = half;
+        const float scale = HalfToFloat(half);
+        for (auto value = first; value != last; ++value, ++q) {
+          *q = scale == 0.0f ? 0 : static_cast<int8_t>(std::clamp(std::nearbyint(*value / scale), -127.0f, 127.0f));
+        }
+      }
+    }
+  });
+  return linear;
+}
+
 class Loader {
  public:
-  Loader(const ModelShape& shape, const Shard& shard, const TensorFiles& files) : shape_(shape), shard_(shard), files_(files) {}
+  Loader(const ModelShape& shape, const Shard& shard, const TensorFiles& files, const WeightOptions& options)
+      : shape_(shape), shard_(shard), files_(files), options_(options) {}
 
-  OwnedLinear Embedding() const {
+  OwnedLinear Embedding(ThreadPool& pool) const {
     const std::string name = "transformer.word_embeddings.weight";
-    return Plain(name, shape_.vocab_size, shape_.hidden_size, RowShare(shape_.vocab_size, shape_.hidden_size));
+    OwnedLinear plain = Plain(name, shape_.vocab_size, shape_.hidden_size, RowShare(shape_.vocab_size, shape_.hidden_size));
+    if (!options_.quantize_embedding) return plain;
+    OwnedLinear quantised = QuantizeToInt8(plain.weight, name, pool);
+    return options_.integer_products ? Packed(std::move(quantised), name) : std::move(quantised);
   }
 
   LayerNormWeights Norm(const std::string& name) const {
@@ -168,7 +209,18 @@ class Loader {
       files_.ReadRows(scales, range.first, range.count, first_group * 2, row_bytes, out, row_bytes);
       out += range.count * row_bytes;
     }
-    return linear;
+    return options_.integer_products ? Packed(std::move(linear), tensor.name) : std::move(linear);
+  }
+
+  static OwnedLinear Packed(OwnedLinear from, const std::string& name) {
+    OwnedLinear packed;
+    packed.weight = from.weight;
+    packed.weight.data = nullptr;
+    packed.weight.scales = nullptr;
+    packed.data = AlignedBuffer(DescribePacked(from.weight, nullptr).Bytes(), name);
+    packed.packed = DescribePacked(from.weight, packed.data.data());
+    PackRows(from.weight, 0, from.weight.rows, packed.data.data());
+    return packed;
   }
 
   void ReadMatrix(const TensorSource& tensor, const Share& share, int64_t column_byte, int64_t bytes, OwnedLinear& linear) const {
@@ -188,6 +240,7 @@ class Loader {
   const ModelShape& shape_;
   const Shard& shard_;
   const TensorFiles& files_;
+  const WeightOptions& options_;
 };
 
 }  // namespace
@@ -204,13 +257,13 @@ int64_t Weights::bytes() const {
   return bytes;
 }
 
-Weights LoadWeights(const ModelShape& shape, const Shard& shard, std::vector<TensorSource> tensors, ThreadPool& pool,
+Weights LoadWeights(const ModelShape& shape, const Shard& shard, std::vector<TensorSource> tensors, const WeightOptions& options, ThreadPool& pool,
                     const std::atomic<bool>& cancelled) {
   CheckModelShape(shape, shard);
   const TensorFiles files(std::move(tensors));
-  const Loader loader(shape, shard, files);
+  const Loader loader(shape, shard, files, options);
   Weights weights;
-  weights.word_embeddings = loader.Embedding();
+  weights.word_embeddings = loader.Embedding(pool);
   weights.final_layernorm = loader.Norm("transformer.final_layernorm");
   weights.layers.resize(static_cast<size_t>(shape.num_layers));
 

@@ -39,13 +39,39 @@ TEST(embedding_copies_own_rows_and_zeroes_the_others) {
   }
 }
 
-TEST(embedding_refuses_quantised_tables) {
-  ThreadPool pool(1);
+TEST(embedding_looks_up_int8_rows_plain_and_packed) {
+  const int64_t rows = 21, cols = 150, groups = 2;
+  std::vector<int8_t> q;
+  for (int64_t i = 0; i < rows * cols; ++i) q.push_back(static_cast<int8_t>(i * 37 % 256 - 128));
+  std::vector<uint16_t> scales;
+  for (int64_t i = 0; i < rows * groups; ++i) scales.push_back(FloatToHalf(0.01f * static_cast<float>(i + 1)));
   LinearWeight table;
   table.type = WeightType::kI8;
-  const uint32_t token = 0;
-  float y = 0.0f;
-  CHECK_THROWS(Embed(table, 0, &token, 1, &y, pool), ErrorCode::kInvalidArgument);
+  table.rows = rows;
+  table.cols = cols;
+  table.data = q.data();
+  table.row_stride = cols;
+  table.scales = scales.data();
+  table.groups = groups;
+  table.group_size = 128;
+  std::vector<uint8_t> memory(static_cast<size_t>(DescribePacked(table, nullptr).Bytes()) + 64);
+  void* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  PackRows(table, 0, rows, aligned);
+  const PackedWeight packed = DescribePacked(table, aligned);
+  const std::vector<uint32_t> tokens = {5, 25, 24, 4, 26};  // of rows 5 ... 25
+  ThreadPool pool(2);
+  std::vector<float> plain(tokens.size() * static_cast<size_t>(cols), -1.0f), same(plain);
+  Embed(table, 5, tokens.data(), static_cast<int64_t>(tokens.size()), plain.data(), pool);
+  Embed(packed, 5, tokens.data(), static_cast<int64_t>(tokens.size()), same.data(), pool);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const int64_t row = static_cast<int64_t>(tokens[i]) - 5;
+      const bool own = row >= 0 && row < rows;
+      const float expected = own ? static_cast<float>(q[static_cast<size_t>(row * cols + c)]) * HalfToFloat(scales[static_cast<size_t>(row * groups + c / 128)]) : 0.0f;
+      CHECK_EQ(plain[i * static_cast<size_t>(cols) + static_cast<size_t>(c)], expected);
+      CHECK_EQ(same[i * static_cast<size_t>(cols) + static_cast<size_t>(c)], expected);
+    }
+  }
 }
 
 }  // namespace tandem::test

@@ -276,10 +276,10 @@ TEST(glm_shards_are_the_right_pieces) {
   for (const WeightType type : kTypes) {
     const ModelFile file(type);
     const int64_t h = file.shape.hidden_size, f = file.shape.inner_hidden_size, vocab = file.shape.vocab_size;
-    const Weights whole = LoadWeights(file.shape, {0, 1}, file.tensors, pool, kNotCancelled);
+    const Weights whole = LoadWeights(file.shape, {0, 1}, file.tensors, {}, pool, kNotCancelled);
     for (const int world_size : {1, 2, 4}) {
       for (int rank = 0; rank < world_size; ++rank) {
-        const Weights shard = LoadWeights(file.shape, {rank, world_size}, file.tensors, pool, kNotCancelled);
+        const Weights shard = LoadWeights(file.shape, {rank, world_size}, file.tensors, {}, pool, kNotCancelled);
         const int64_t local_f = f / world_size;
         const auto block = [&](int64_t rows) { return [=](int64_t row) { return rank * (rows / world_size) + row; }; };
         const auto same = [](int64_t row) { return row; };
@@ -315,7 +315,7 @@ TEST(glm_int4_columns_cannot_be_split_inside_a_byte) {
     if (tensor.name.find("dense_4h_to_h.qweight") != std::string::npos) tensor.shape[1] = 14;
   }
   try {
-    LoadWeights(shape, {0, 4}, tensors, pool, kNotCancelled);
+    LoadWeights(shape, {0, 4}, tensors, {}, pool, kNotCancelled);
     CHECK(false);
   } catch (const Error& error) {
     CHECK(error.code() == ErrorCode::kCheckpoint);
