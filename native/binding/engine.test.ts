@@ -225,7 +225,9 @@ describe('the same bits', () => {
     { format: 'fp16', worldSize: 1, kvDtype: 'fp16' },
     { format: 'fp32', worldSize: 2, kvDtype: 'fp32' },
     { format: 'int4', worldSize: 4, kvDtype: 'fp16' },
-  ] as const)('one token at a time, or recomputed as one run: $format, world size $worldSize, KV $kvDtype', async (options) => {
+    { format: 'int4', worldSize: 2, kvDtype: 'fp16', activations: 'int8', quantizeEmbedding: 'int8' },
+    { format: 'int8', worldSize: 1, kvDtype: 'fp32', activations: 'int8' },
+  ] as const)('one token at a time, or recomputed as one run: $format, world size $worldSize, KV $kvDtype, $activations', async (options) => {
     const runs = randomRuns(4, 9, 12);
     const next = { tokens: [5], positions: [21], bidirectionalTokens: 0 };
     await withGroup(options, async (run) => {
@@ -239,9 +241,13 @@ describe('the same bits', () => {
     });
   });
 
-  test.each([1, 2])('alone, or with 32 others: world size %i', async (worldSize) => {
+  test.each([
+    { format: 'fp16', worldSize: 1 },
+    { format: 'fp16', worldSize: 2 },
+    { format: 'int4', worldSize: 2, activations: 'int8', quantizeEmbedding: 'int8' },
+  ] as const)('alone, or with 32 others: $format, world size $worldSize, $activations', async (options) => {
     const [prefill, decode] = randomRuns(5, 10, 1) as [ReferenceRun, ReferenceRun];
-    await withGroup({ format: 'fp16', worldSize, kvDtype: 'fp16', threads: 2 }, async (run) => {
+    await withGroup({ ...options, kvDtype: 'fp16', threads: 2 }, async (run) => {
       const alone = await runAll(run, [prefill, decode], blocks(0, 11));
       const others = Array.from({ length: 32 }, (_, i) => {
         const [other] = randomRuns(100 + i, 1 + (i % 17), 0) as [ReferenceRun];
@@ -276,6 +282,45 @@ describe('the same bits', () => {
       expect(logitsOf(both, 1)).toEqual(forkAlone.slice(10 * row));
       expect(Float32Array.from([...logitsOf(both, 0), ...rest[0]!, ...rest[1]!])).toEqual(parentAlone.slice(10 * row));
     });
+  });
+});
+
+describe('int8', () => {
+  const runs = randomRuns(25, 12, 4);
+  const logitsWith = async (options: GroupOptions): Promise<Float32Array> => {
+    let logits = new Float32Array();
+    await withGroup(options, async (run) => {
+      logits = Float32Array.from(await runAll(run, runs, blocks(0, 16)));
+    });
+    return logits;
+  };
+  /** The largest difference, over the root mean square. */
+  const relativeError = (seen: Float32Array, exact: Float32Array): number => {
+    const meanSquare = exact.reduce((sum, value) => sum + value * value, 0) / exact.length;
+    return seen.reduce((max, value, i) => Math.max(max, Math.abs(value - exact[i]!)), 0) / Math.sqrt(meanSquare);
+  };
+
+  test.each([
+    { format: 'int4', worldSize: 1 },
+    { format: 'int4', worldSize: 4 }, // columns of a rank begin within a scale group
+    { format: 'int8', worldSize: 2 },
+  ] as const)('activations change the logits of $format weights a little: world size $worldSize', async (options) => {
+    const exact = await logitsWith(options);
+    const rounded = await logitsWith({ ...options, activations: 'int8' });
+    expect(relativeError(rounded, exact)).toBeGreaterThan(0);
+    expect(relativeError(rounded, exact)).toBeLessThan(0.05);
+  });
+
+  test('activations are for quantised weights: those of fp16 meet floats', async () => {
+    expect(await logitsWith({ format: 'fp16', activations: 'int8' })).toEqual(await logitsWith({ format: 'fp16' }));
+  });
+
+  test.each(['float', 'int8'] as const)('word embeddings change the logits a little, with %s activations', async (activations) => {
+    const options = { format: 'int4', worldSize: 2, activations } as const;
+    const exact = await logitsWith(options);
+    const rounded = await logitsWith({ ...options, quantizeEmbedding: 'int8' });
+    expect(relativeError(rounded, exact)).toBeGreaterThan(0);
+    expect(relativeError(rounded, exact)).toBeLessThan(0.05);
   });
 });
 
