@@ -97,6 +97,7 @@ using I4Sums = I32x16;
 constexpr int kI4Dots = 32;  // any number; a segment has 32
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { std::memcpy(p, &bytes, sizeof bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   for (uint8x16_t& v : bytes.v) v = vandq_u8(v, vdupq_n_u8(15));
   return bytes;
@@ -121,12 +122,12 @@ TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
   for (int i = 0; i < 4; ++i) sums.v[i] = vdotq_s32(sums.v[i], rows.v[i], all);
   return sums;
 }
-TANDEM_INLINE I4Sums ZeroI4Sums() { return SetI32x16(0); }
-TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+TANDEM_INLINE I4Sums AddDotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
   I8Rows as_signed;  // up to 15: the same number
   for (int i = 0; i < 4; ++i) as_signed.v[i] = vreinterpretq_s8_u8(rows.v[i]);
   return DotI8(sums, as_signed, x);
 }
+TANDEM_INLINE I4Sums DotI4(U8x64 rows, const int8_t* x) { return AddDotI4(SetI32x16(0), rows, x); }
 TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) {
   for (int i = 0; i < 4; ++i) sums.v[i] = vaddq_s32(sums.v[i], i4_sums.v[i]);
   return sums;
