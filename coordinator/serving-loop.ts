@@ -246,13 +246,14 @@ export class ServingLoop {
         const answer = await result;
         const answeredMs = this.now();
         const flushMs = flushing();
+        const flushedMs = this.now();
         const tokensBefore = this.totals.generatedTokens;
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
           scheduleMs: plannedMs - startMs,
           totalMs: this.now() - startMs,
           roundTripMs: answeredMs - plannedMs,
-          emitMs: flushMs + this.now() - answeredMs,
+          emitMs: flushMs + this.now() - flushedMs,
           generatedTokens: this.totals.generatedTokens - tokensBefore,
         });
       } catch (error) {
