@@ -42,7 +42,7 @@ export interface LoopLimits extends Omit<StepLimits, 'numLayers'>, QueueLimits {
   readonly contextCacheBlocks: number;
 }
 
-interface PlannedRun extends Run {
+interface PlannedRun extends Pick<Run, 'sequence' | 'firstToken'> {
   readonly pending: PendingRun;
   /** Its tokens; the sequence may have more by the time that the results are in. */
   readonly runTokens: number;
@@ -333,10 +333,9 @@ export class ServingLoop {
         if (again.some((block) => written.has(block))) return null; // in the next step it finds them computed
         for (const block of again) written.add(block);
         if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
-        const run = prepareRun(sequence, this.blocks);
-        for (const block of run.blockCopies) blockCopies.push(block);
-        const { firstToken } = run;
-        return { sequence, firstToken, blockCopies: run.blockCopies, pending, runTokens: sequence.length - firstToken }; // written out: a spread is slow
+        const { firstToken, blockCopies: copies } = prepareRun(sequence, this.blocks);
+        for (const block of copies) blockCopies.push(block);
+        return { sequence, firstToken, pending, runTokens: sequence.length - firstToken };
       } catch (error) {
         this.fail(request, error); // a defect of one request is no reason to end the others
         return null;
@@ -403,8 +402,8 @@ export class ServingLoop {
       pending.request.lastStep = this.totals.steps;
       if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
       return {
-        tokens: sequence.tokens.slice(firstToken),
-        positions: sequence.positions.slice(firstToken),
+        tokens: listFrom(sequence.tokens, firstToken),
+        positions: listFrom(sequence.positions, firstToken),
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
         bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
@@ -433,13 +432,11 @@ export class ServingLoop {
     const isSliceDone = slice !== null && slice.endLayer === this.engine.capacity.numLayers;
     this.slice = slice && !isSliceDone ? slice : null;
     const ran = slice ? [...whole, slice.run] : whole;
-    const touched = new Set<ActiveRequest>();
     for (let i = 0; i < ran.length; i++) {
       const run = ran[i]!;
       const { pending } = run;
       const { request } = pending;
       if (request.state !== 'running') continue;
-      touched.add(request);
       if (run === slice?.run && !isSliceDone) continue;
       applyRun(run, this.blocks);
       const result = results[i]!;
@@ -451,9 +448,12 @@ export class ServingLoop {
       this.complete(pending, result);
       request.lostSteps = 0; // not for a slice: the layers that end epochs may be yet to come
     }
-    for (const request of touched) {
+    for (const { pending } of ran) {
+      const { request } = pending;
+      if (request.state !== 'running' || request.appliedStep === this.totals.steps) continue;
+      request.appliedStep = this.totals.steps; // it may have several runs in the step
       request.busyMs += nowMs - startMs;
-      if (request.state !== 'running' || request.pending.length > 0) continue;
+      if (request.pending.length > 0) continue;
       if (request.results.some(carriesTokens)) this.observeTokens(request, nowMs);
       this.resume(request);
     }
@@ -483,9 +483,11 @@ export class ServingLoop {
     { whole, slice }: PlannedStep,
     { ranks, evaluateMs, codecMs }: EngineStepResult,
     {
+      scheduleMs,
       totalMs,
       roundTripMs,
-      ...measured
+      emitMs,
+      generatedTokens,
     }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly totalMs: number; readonly roundTripMs: number },
   ): void {
     const stepMs = longest(ranks, 'computeMs');
@@ -498,15 +500,17 @@ export class ServingLoop {
     }
     this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
-      ...measured,
+      scheduleMs,
       wireMs: Math.max(0, roundTripMs - stepMs),
       codecMs,
       computeMs: Math.max(0, stepMs - allReduceMs - evaluateMs),
       allReduceMs,
       sampleMs: evaluateMs,
+      emitMs,
       ranks,
       decodeTokens,
       prefillTokens,
+      generatedTokens,
       extends: whole.length + (slice ? 1 : 0),
     });
   }
@@ -524,20 +528,20 @@ export class ServingLoop {
   private takeOps(request: ActiveRequest, ops: readonly ExtendOp[]): void {
     if (ops.length === 0) throw new Error('a strategy yielded no Extend');
     request.results = new Array<ExtendResult>(ops.length);
-    const pending: PendingRun[] = [];
-    for (let i = 0; i < ops.length; i++) {
-      const op = ops[i]!;
-      const sequence = request.sequences.get(op.sequence.id);
-      if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
-      const isNew = sequence.length === 0;
-      appendTokens(sequence, op);
-      if (isNew) sequence.contextKey = contextKeyOf(request.key, op, sequence.contextTokens);
-      if (sequence.length > this.limits.maxBatchTokens) {
-        throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
-      }
-      pending.push(new PendingRun(request, i, op, sequence, this.blocks, this.contexts));
+    // Most have one: a list that grows takes room for many.
+    request.pending = ops.length === 1 ? [this.takeOp(request, ops[0]!, 0)] : ops.map((op, i) => this.takeOp(request, op, i));
+  }
+
+  private takeOp(request: ActiveRequest, op: ExtendOp, index: number): PendingRun {
+    const sequence = request.sequences.get(op.sequence.id);
+    if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
+    const isNew = sequence.length === 0;
+    appendTokens(sequence, op);
+    if (isNew) sequence.contextKey = contextKeyOf(request.key, op, sequence.contextTokens);
+    if (sequence.length > this.limits.maxBatchTokens) {
+      throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
     }
-    request.pending = pending;
+    return new PendingRun(request, index, op, sequence, this.blocks, this.contexts);
   }
 
   private sequencesOf(request: ActiveRequest): Sequences {
@@ -778,6 +782,11 @@ export class ServingLoop {
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
   return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
+}
+
+/** `list.slice(from)`; mostly it is of the last element. */
+function listFrom(list: readonly number[], from: number): readonly number[] {
+  return from === list.length - 1 ? [list[from]!] : list.slice(from);
 }
 
 function carriesTokens({ kind }: ExtendResult): boolean {

@@ -4,7 +4,7 @@ import { SentencePieceProcessor } from '@agnai/sentencepiece-js';
 import { CheckpointError, InvalidRequestError } from '../../common/errors.js';
 import type { SpecialTokens, TokenizerConfig } from '../model-config.js';
 import { extendModel, parseSentencePieceModel, PIECE_TYPE, type Piece, type SentencePieceModel } from './sentencepiece-model.js';
-import { SPACE, StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
+import { isPlain, SPACE, StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
 
 /** Text to token ids and back, as icetk does it for GLM-130B (model-spec section 8). */
 export interface Tokenizer {
@@ -160,14 +160,18 @@ class IcetkTokenizer implements Tokenizer {
 }
 
 /** Image tokens and padding rows. */
-const NO_TEXT: Surface = { kind: 'literal', text: '\ufffd' };
+const NO_TEXT = literal('\ufffd');
 
 function surfaceOf(piece: Piece, unknownSurface: string): Surface {
-  if (piece.type === PIECE_TYPE.control) return { kind: 'literal', text: '' };
-  if (piece.type === PIECE_TYPE.unknown) return { kind: 'literal', text: unknownSurface };
+  if (piece.type === PIECE_TYPE.control) return literal('');
+  if (piece.type === PIECE_TYPE.unknown) return literal(unknownSurface);
   if (piece.type === PIECE_TYPE.byte) return { kind: 'byte', value: Number.parseInt(piece.text.slice(3, 5), 16) };
   const text = piece.text.replaceAll(SPACE, ' ');
-  return { kind: 'piece', text, isSpaceFirst: piece.text.startsWith(SPACE) };
+  return { kind: 'piece', text, isSpaceFirst: piece.text.startsWith(SPACE), isPlain: isPlain(text) };
+}
+
+function literal(text: string): Surface {
+  return { kind: 'literal', text, isPlain: isPlain(text) };
 }
 
 /** The rest of a run of blanks: 0 to 79 of them; a single one stays a blank. */
