@@ -401,15 +401,17 @@ export class ServingLoop {
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
       pending.request.lastStep = this.totals.steps;
       if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
+      const { op } = pending;
+      const isNewOnly = sequence.length - firstToken === op.tokens.length; // nothing that was lost is computed again
       return {
-        tokens: listFrom(sequence.tokens, firstToken),
-        positions: listFrom(sequence.positions, firstToken),
+        tokens: isNewOnly ? op.tokens : sequence.tokens.slice(firstToken),
+        positions: isNewOnly ? op.positions : sequence.positions.slice(firstToken),
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
         bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
         firstLayer,
         endLayer,
-        want: pending.op.want,
+        want: op.want,
       };
     };
     const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
@@ -782,11 +784,6 @@ export class ServingLoop {
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
   return [...whole, ...(slice ? [slice.run] : [])].map(({ pending }) => pending.request);
-}
-
-/** `list.slice(from)`; mostly it is of the last element. */
-function listFrom(list: readonly number[], from: number): readonly number[] {
-  return from === list.length - 1 ? [list[from]!] : list.slice(from);
 }
 
 function carriesTokens({ kind }: ExtendResult): boolean {

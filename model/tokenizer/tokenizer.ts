@@ -79,8 +79,8 @@ class IcetkTokenizer implements Tokenizer {
   readonly numTokens: number;
   private readonly surfaces: Surfaces;
   private readonly commands: ReadonlyMap<string, number>;
-  /** Special id to what `detokenize` writes. */
-  private readonly bracketed: ReadonlyMap<number, string>;
+  /** What `detokenize` writes for special ids, by the distance from the offset; empty for the others. */
+  private readonly bracketed: readonly string[];
 
   constructor(
     private readonly encoder: SentencePieceProcessor,
@@ -97,7 +97,9 @@ class IcetkTokenizer implements Tokenizer {
     };
     const firstSpecial = offset + config.numTextPieces;
     this.commands = new Map([...COMMANDS.map((name, i) => [name, firstSpecial + i] as const), ['eos', offset + EOS_PIECE]]);
-    this.bracketed = new Map([...this.commands].map(([name, id]) => [id, name === 'eos' ? '[</s>]' : `[${name}]`]));
+    const bracketed = surfaces.map(() => '');
+    for (const [name, id] of this.commands) bracketed[id - offset] = name === 'eos' ? '[</s>]' : `[${name}]`;
+    this.bracketed = bracketed;
   }
 
   encode(text: string, { dummyPrefix = true }: { readonly dummyPrefix?: boolean } = {}): number[] {
@@ -132,8 +134,8 @@ class IcetkTokenizer implements Tokenizer {
     let text = '';
     let begin = 0;
     for (let i = 0; i < ids.length; i++) {
-      const special = this.bracketed.get(ids[i]!);
-      if (special === undefined) continue;
+      const special = this.bracketed[ids[i]! - this.config.imageTokenOffset] ?? '';
+      if (special === '') continue;
       text += this.textOf(ids.slice(begin, i)) + special;
       begin = i + 1;
     }
