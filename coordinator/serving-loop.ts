@@ -33,7 +33,7 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { StepCostTable } from './scheduler/step-cost.js';
-import type { Completed, Job, Ticket } from './job.js';
+import { type Completed, type Job, notDoneWithin, type Ticket } from './job.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
 
@@ -153,8 +153,9 @@ export class ServingLoop {
     this.byRequestId.set(job.requestId, request);
     this.queue.take(request, key);
     if (job.timeoutMs !== null) {
-      const expire = (): void => this.endLater(request, new DeadlineError(`not done within its ${job.timeoutMs} ms`));
-      request.deadline = setTimeout(expire, Math.min(job.timeoutMs, 2 ** 31 - 1)).unref();
+      const { timeoutMs, elapsedMs = 0 } = job;
+      const expire = (): void => this.endLater(request, notDoneWithin(timeoutMs));
+      request.deadline = setTimeout(expire, Math.min(Math.max(0, timeoutMs - elapsedMs), 2 ** 31 - 1)).unref();
     }
     if (first.done) this.finish(request, first.value);
     else {
