@@ -63,7 +63,8 @@ export class EchoEngine implements Engine {
     if (want.kind !== 'sample') throw new Error(`the echo engine samples, it was asked for ${want.kind}`);
     const last = tokens.length - 1;
     const hash = Math.imul(tokens[last]! + 1, 2654435761) ^ Math.imul(positions[last]! + 1, 40503);
-    const token = FIRST_PIECE + ((hash >>> 0) % (this.options.numTextPieces - FIRST_PIECE));
+    // `| 0`: an integer also for V8, which else takes the tokens of all results for floating-point numbers, and what lists them with it.
+    const token = (FIRST_PIECE + ((hash >>> 0) % (this.options.numTextPieces - FIRST_PIECE))) | 0;
     return { kind: 'sample', token, logprob: -1, topTokens: [], topLogprobs: [] };
   }
 }
