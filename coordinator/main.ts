@@ -3,7 +3,6 @@ import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
-import { WorkerLink } from '../common/services.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
@@ -18,6 +17,7 @@ import { listenHttp } from './api/http/listen-http.js';
 import { ServingService, type ServerState } from './api/service.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { Supervisor } from './group/supervisor.js';
+import { linkService } from './group/wire.js';
 import { WorkerGroup } from './group/worker-group.js';
 import type { Limits } from './limits.js';
 import { checkGuard, checkListen, listen } from './listen.js';
@@ -136,7 +136,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
   const linkServer = new Server(LINK_CHANNEL_OPTIONS);
   const handlers: WorkerLinkHandlers = { Attach: (call) => group.attach(call) };
-  linkServer.addService(WorkerLink.service, { ...handlers });
+  linkServer.addService(linkService, { ...handlers });
   let loop: ServingLoop | null = null;
   let closing: Promise<void> | null = null;
   const health = (): { state: ServerState; reason: string } => {

@@ -59,6 +59,9 @@ const LOGPROB_BYTES = 2 + VARINT_BYTES + 4 + 1 + VARINT_BYTES;
 /** At most, of a Delta without text, tokens and logprobs: five tags, and as many varints. */
 const LEAST_BYTES = 5 * (1 + VARINT_BYTES);
 
+/** Characters of a text that is written by hand. */
+const SHORT_TEXT = 32;
+
 const SLAB_BYTES = 64 * 1024;
 /** Messages lie in it one before the other; a new one begins when the next message may not fit. */
 let slab = Buffer.allocUnsafeSlow(SLAB_BYTES);
@@ -108,11 +111,34 @@ class BackwardWriter {
   }
 
   text(tag: number, value: string): void {
-    const bytes = Buffer.byteLength(value);
-    this.at -= bytes;
-    this.buffer.write(value, this.at, bytes, 'utf8');
-    this.varint(bytes);
+    const end = this.at;
+    if (value.length > SHORT_TEXT || !this.shortText(value)) {
+      const bytes = Buffer.byteLength(value);
+      this.at = end - bytes;
+      this.buffer.write(value, this.at, bytes, 'utf8');
+    }
+    this.varint(end - this.at);
     this.varint(tag);
+  }
+
+  /** The UTF-8 of a text, by hand: for a word the way into Node and back takes longer. @returns false: it has surrogates; write it otherwise */
+  private shortText(value: string): boolean {
+    const { buffer } = this;
+    let { at } = this;
+    for (let i = value.length - 1; i >= 0; i--) {
+      const unit = value.charCodeAt(i);
+      if (unit < 0x80) buffer[--at] = unit;
+      else if (unit < 0x800) {
+        buffer[--at] = 0x80 | (unit & 0x3f);
+        buffer[--at] = 0xc0 | (unit >> 6);
+      } else if (unit < 0xd800 || unit > 0xdfff) {
+        buffer[--at] = 0x80 | (unit & 0x3f);
+        buffer[--at] = 0x80 | ((unit >> 6) & 0x3f);
+        buffer[--at] = 0xe0 | (unit >> 12);
+      } else return false;
+    }
+    this.at = at;
+    return true;
   }
 
   /** What was written since `length` bytes is a message. */

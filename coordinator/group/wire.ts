@@ -1,9 +1,25 @@
 /** Between the engine boundary's values and the messages of `worker.proto`. */
+import type { serialize } from '@grpc/grpc-js';
 import { EngineError } from '../../common/errors.js';
+import { WorkerLink } from '../../common/services.js';
 import { decodeResultBody, encodeStepBody } from '../../common/step-codec.js';
 import type { Step } from '../../proto/generated/tandem/v1/Step.js';
 import type { ExtendResult, Want } from '../generation/strategy.js';
 import type { EngineExtend, EngineStep } from './engine.js';
+
+const { Attach } = WorkerLink.service;
+
+/** `WorkerLink` as the coordinator serves it. */
+export const linkService = { ...WorkerLink.service, Attach: { ...Attach, responseSerialize: encodedOnce(Attach.responseSerialize) } };
+
+/** All ranks get the same steps, one after another: the same message once more is not encoded again. */
+function encodedOnce<T>(encode: serialize<T>): serialize<T> {
+  let last: { readonly message: T; readonly bytes: Buffer } | null = null;
+  return (message) => {
+    if (last?.message !== message) last = { message, bytes: encode(message) };
+    return last.bytes;
+  };
+}
 
 export function encodeStep(stepId: number, step: EngineStep): Step {
   return { stepId, body: encodeStepBody(step) };

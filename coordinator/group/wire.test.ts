@@ -1,0 +1,13 @@
+import { expect, test } from 'vitest';
+import { linkService } from './wire.js';
+
+const { responseSerialize: encode, responseDeserialize: decode } = linkService.Attach;
+
+test('a message for several ranks is encoded once, and the next one again', () => {
+  const step = { step: { stepId: 1, body: Buffer.of(1, 2, 3, 4) } };
+  const bytes = encode(step);
+  expect(encode(step)).toBe(bytes);
+  expect(decode(bytes)).toMatchObject(step);
+  const next = { step: { stepId: 2, body: Buffer.of(1, 2, 3, 4) } };
+  expect(decode(encode(next))).toMatchObject(next);
+});
