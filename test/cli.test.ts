@@ -86,7 +86,7 @@ describe('wrong command lines', () => {
     { args: ['serve', '--world-size', '0'], words: ['--world-size 0: a whole number from 1'] },
     { args: ['serve', '--world-size'], words: ['--world-size needs a value'] },
     { args: ['serve', '--world-size', '1', '--world-size', '2'], words: ['--world-size is given 2 times (1, 2): give it once'] },
-    { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "generic"'] },
+    { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "neon", "generic"'] },
     { args: ['serve', '--listen', '0.0.0.0:7130'], words: ['--listen 0.0.0.0:7130 is not this machine alone', 'give --api-keys FILE'] },
     {
       args: ['serve', '--http-listen', '0.0.0.0:7131'],

@@ -25,7 +25,7 @@ export interface NativeAddon {
 export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
 
 /** Instruction sets of the kernels, the best one first. */
-export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'generic';
+export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'neon' | 'generic';
 
 export interface NativeBuild {
   readonly backends: readonly string[];

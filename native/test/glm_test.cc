@@ -340,7 +340,7 @@ TEST(glm_ranks_and_instruction_sets_agree) {
     const ModelFile file(type);
     const std::vector<float> one = RunGroup(file, 1, 1, std::nullopt, KvType::kF32);
     for (const int world_size : {2, 4}) CHECK_NEAR(TypeName(type), MaxDifference(one, RunGroup(file, world_size, 1, std::nullopt, KvType::kF32)), 0, kBound);
-    for (const Isa isa : {Isa::kGeneric, Isa::kAvx2}) {
+    for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kNeon}) {
       if (!IsaSupported(isa)) {
         test::Skip(std::string("no ") + IsaName(isa));
         continue;
