@@ -2,6 +2,7 @@ import { randomBytes } from 'node:crypto';
 import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
+import { cpusOfRank, formatCpuList } from '../common/cpu-list.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
@@ -35,6 +36,8 @@ export interface ServeOptions {
   readonly worldSize: number;
   /** Threads of each worker's kernels. */
   readonly threads: number;
+  /** Shared out among supervised workers; null: they run on any. */
+  readonly cpus: readonly number[] | null;
   /** Public API: `unix:/path` or `host:port`. */
   readonly listen: string;
   /** Where workers dial in; null: a socket in a private folder of this process. */
@@ -92,6 +95,8 @@ const MAX_RESTARTS_PER_MINUTE = 5;
 /** Starts coordinator and workers. The public APIs answer from the beginning, but take no requests yet; resolves when the first epoch is ready. */
 export async function startServer(options: ServeOptions): Promise<RunningServer> {
   const startMs = performance.now();
+  const { cpus, worldSize } = options;
+  const cpusOf = cpus === null ? null : Array.from({ length: worldSize }, (_, rank) => cpusOfRank(cpus, rank, worldSize));
   const log = createLogger('coordinator', options.logLevel);
   const { gate, tls } = loadAccess(options, log);
   await checkAddresses(options, tls, log);
@@ -222,7 +227,10 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     if (options.supervise) {
       supervisor = new Supervisor({
         worldSize: options.worldSize,
-        command: [...options.workerCommand, '--coordinator', linkAddress, '--log-level', options.logLevel, '--rank'],
+        command: (rank) => [
+          ...[...options.workerCommand, '--coordinator', linkAddress, '--log-level', options.logLevel, '--rank', String(rank)],
+          ...(cpusOf === null ? [] : ['--cpus', formatCpuList(cpusOf[rank]!)]),
+        ],
         env: { ...process.env, TANDEM_WORKER_TOKEN: token! },
         maxRestartsPerMinute: MAX_RESTARTS_PER_MINUTE,
         log,

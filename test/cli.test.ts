@@ -86,6 +86,16 @@ describe('wrong command lines', () => {
     { args: ['serve', '--world-size', '0'], words: ['--world-size 0: a whole number from 1'] },
     { args: ['serve', '--world-size'], words: ['--world-size needs a value'] },
     { args: ['serve', '--world-size', '1', '--world-size', '2'], words: ['--world-size is given 2 times (1, 2): give it once'] },
+    { args: ['serve', '--cpus', '0-'], words: ['--cpus 0-: a list of CPUs as in 0-3,8 is needed'] },
+    { args: ['serve', '--cpus', '1023'], words: ['--cpus 1023: this process may not use 1023, allowed are '] },
+    {
+      args: ['worker', '--coordinator', 'unix:/x', '--rank', '0', '--cpus', '1023'],
+      words: ['this process may not use 1023, allowed are '],
+    },
+    {
+      args: ['serve', '--cpus', '0', '--external-workers', '--worker-listen', 'unix:/x'],
+      words: ['--cpus is for workers that this server starts'],
+    },
     { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "neon", "generic"'] },
     { args: ['serve', '--listen', '0.0.0.0:7130'], words: ['--listen 0.0.0.0:7130 is not this machine alone', 'give --api-keys FILE'] },
     {
@@ -661,6 +671,26 @@ describe('serve', () => {
     expect(existsSync(join(scratch, 'api.sock'))).toBe(false);
   });
 
+  test.skipIf(allowedCpuList() === null)('puts the threads of each worker on its share of the CPUs', async () => {
+    const [first, second] = allowedCpuList()!;
+    const cpus = ['--cpus', `${first},${second}`, '--world-size', '2', '--threads', '2'];
+    const server = startCli(['serve', '--model', store, ...cpus, '--listen', `unix:${join(scratch, 'pinned.sock')}`]);
+    await server.waitFor(/"ready"/);
+    const status = await runCli(['status', '--json', '--address', `unix:${join(scratch, 'pinned.sock')}`]);
+    const { workers } = JSON.parse(status.stdout) as { workers: { pid: number }[] };
+    const pinned = workers.map(({ pid }) =>
+      readdirSync(`/proc/${pid}/task`)
+        .map((task) => /^Cpus_allowed_list:\s*(\S+)$/m.exec(readFileSync(`/proc/${pid}/task/${task}/status`, 'utf8'))![1]!)
+        .filter((list) => /^\d+$/.test(list)),
+    );
+    server.child.kill('SIGTERM');
+    await server.result;
+    expect(pinned).toEqual([
+      [`${first}`, `${first}`],
+      [`${second}`, `${second}`],
+    ]);
+  });
+
   test('SIGTERM, twice, ends it with status 0 too', async () => {
     const temp = folder('terminated');
     const server = startCli(['serve', '--model', store, '--world-size', '1', '--listen', '127.0.0.1:0'], { env: { TMPDIR: temp } });
@@ -671,6 +701,17 @@ describe('serve', () => {
     await expectGone(temp);
   });
 });
+
+/** The first two CPUs that this process may use; null: there are not two, or the system does not tell. */
+function allowedCpuList(): readonly [number, number] | null {
+  const status = existsSync('/proc/self/status') ? readFileSync('/proc/self/status', 'utf8') : '';
+  const [, list = ''] = /^Cpus_allowed_list:\s*(\S+)$/m.exec(status) ?? [];
+  const cpus = list.split(',').flatMap((part) => {
+    const [begin = NaN, end = begin] = part.split('-').map(Number);
+    return Array.from({ length: end - begin + 1 || 0 }, (_, i) => begin + i);
+  });
+  return cpus.length < 2 ? null : [cpus[0]!, cpus[1]!];
+}
 
 /** Whatever was in the folder of a command that has ended; a server of its own may need a moment longer. */
 async function expectGone(temp: string): Promise<void> {

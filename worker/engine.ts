@@ -22,7 +22,7 @@ export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal'
 }
 
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */
-export async function loadEngine(assignment: Assignment__Output, rank: number): Promise<NativeEngine> {
+export async function loadEngine(assignment: Assignment__Output, rank: number, cpus: readonly number[]): Promise<NativeEngine> {
   const store = await openStore(assignment.modelPath);
   const { config } = store;
   return loadAddon().createEngine({
@@ -41,6 +41,7 @@ export async function loadEngine(assignment: Assignment__Output, rank: number): 
     rank,
     worldSize: assignment.worldSize,
     threads: assignment.threads,
+    cpus,
     isa: assignment.isa === 'auto' ? null : (assignment.isa as NativeIsa),
     activations: assignment.activations === 'float' ? 'float' : 'int8',
     quantizeEmbedding: assignment.quantizeEmbedding === 'int8' ? 'int8' : 'none',

@@ -14,6 +14,8 @@ export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMess
 export interface LinkOptions {
   readonly rank: number;
   readonly token: string;
+  /** Where the engine's threads run; empty: anywhere. */
+  readonly cpus: readonly number[];
   readonly log: Logger;
 }
 
@@ -27,7 +29,7 @@ export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'dismisse
  * Runs the coordinator's commands on this rank, in order, until the link ends. Ranks that run different steps hang in their
  * next collective, so a gap in the step ids is an error. Steps are not awaited: the engine's thread queues them.
  */
-export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOptions): Promise<LinkEnd> {
+export function serveLink(link: WorkerLinkStream, { rank, token, cpus, log }: LinkOptions): Promise<LinkEnd> {
   return new Promise((resolve) => {
     let engine: NativeEngine | null = null;
     let epoch = 0;
@@ -57,7 +59,7 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
         () => link.write({ heartbeat: { epoch, lastStep, memory: engine ? memoryOf(engine) : null } }),
         assignment.heartbeatMs,
       );
-      engine = await loadEngine(assignment, rank);
+      engine = await loadEngine(assignment, rank, cpus);
       const loadMs = Math.round(performance.now() - start);
       log.info({ epoch, loadMs, weightBytes: engine.memory.weightBytes, kvBytes: engine.memory.kvBytes }, 'shard loaded');
       link.write({ ready: { epoch, loadMs, memory: memoryOf(engine) } });

@@ -51,6 +51,8 @@ export interface NativeEngineOptions {
   readonly rank: number;
   readonly worldSize: number;
   readonly threads: number;
+  /** Where they run: each on its own, if there are enough, else all on all; empty: wherever the system puts them. Thread 0 is the engine's own. */
+  readonly cpus: readonly number[];
   /** Null: `build.isa`. */
   readonly isa: NativeIsa | null;
   /** How activations meet INT8 and INT4 weights: quantised to int8 on their way, or in floating point. FP16 and FP32 weights take floats anyway. */

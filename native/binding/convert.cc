@@ -130,6 +130,7 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   result.shard.rank = static_cast<int>(options.Get("rank").Integer(0, kMostInt));
   result.shard.world_size = static_cast<int>(options.Get("worldSize").Integer(1, kMostInt));
   result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
+  for (const Field& cpu : options.Get("cpus").Elements()) result.cpus.push_back(static_cast<int>(cpu.Integer(0, kMostInt)));
   const Field isa = options.Get("isa");
   constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kGeneric};
   if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "neon", "generic"})];

@@ -59,6 +59,7 @@ function engineOptions(options: GroupOptions, rank: number, name: string): Nativ
     rank,
     worldSize,
     threads: options.threads ?? 1,
+    cpus: [],
     isa: options.isa ?? null,
     activations: options.activations ?? 'float',
     quantizeEmbedding: options.quantizeEmbedding ?? 'none',
@@ -694,6 +695,7 @@ describe('an engine that cannot be made', () => {
     { name: 'a communicator with a path', options: () => base(() => ({ worldSize: 2, communicator: { name: '../x', timeoutMs: 10 } })), message: 'communicator.name' },
     { name: 'no KV blocks', options: () => base(() => ({ kv: { numBlocks: 0, blockSize: 4, dtype: 'fp16' } })), message: 'kv.numBlocks: is not an integer from 1' },
     { name: 'an impossible cache', options: () => base(() => ({ kv: { numBlocks: 2 ** 31 - 1, blockSize: 2 ** 20, dtype: 'fp16' } })), message: 'KV cache' },
+    { name: 'CPUs that are not there', options: () => base(() => ({ threads: 2, cpus: [1022, 1023] })), message: 'cpus: threads cannot be put on 1022, allowed are ' },
     { name: 'half a thread', options: () => base(() => ({ threads: 0.5 })), message: 'threads: is not an integer' },
     { name: 'an unknown dtype', options: () => base(() => ({ kv: { numBlocks: 1, blockSize: 4, dtype: 'int2' } })), message: 'kv.dtype: is not one of fp16 fp32' },
   ])('$name is a ConfigError', async ({ options, message }) => {

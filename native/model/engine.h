@@ -26,6 +26,7 @@ struct EngineOptions {
   Shard shard;
   WeightOptions weights;
   int threads = 1;
+  std::vector<int> cpus;   // where they run (ThreadPoolOptions); all ranks of a machine have as many threads
   std::optional<Isa> isa;  // none: the best this CPU has
   int64_t kv_blocks = 0;
   int64_t kv_block_size = 16;
