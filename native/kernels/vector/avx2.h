@@ -85,60 +85,69 @@ TANDEM_INLINE void StoreI8(int8_t* p, F32 value) {
 }
 TANDEM_INLINE void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// Two vectors: members rather than an array, which GCC keeps in memory where asm is about.
 struct I32x16 {
-  __m256i v[2];
+  __m256i a, b;
 };
 using U8x64 = I32x16;
 struct F32x16 {
-  __m256 v[2];
+  __m256 a, b;
 };
 struct I8Rows {
-  __m256i magnitude[2], value[2];
+  U8x64 magnitude, value;
 };
 constexpr int32_t kI8Offset = 0;
+using I4Sums = I32x16;      // 16 bits, two of each row
+constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them fit into 16 bits
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
-  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))}};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(bytes.v[0], mask), _mm256_and_si256(bytes.v[1], mask)}};
+  return {_mm256_and_si256(bytes.a, mask), _mm256_and_si256(bytes.b, mask)};
 }
-TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles({{_mm256_srli_epi16(bytes.v[0], 4), _mm256_srli_epi16(bytes.v[1], 4)}}); }
+TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles({_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)}); }
 TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {
   const __m256i top = _mm256_set1_epi8(-128);
-  const __m256i a = _mm256_xor_si256(bytes.v[0], top), b = _mm256_xor_si256(bytes.v[1], top);
+  const __m256i a = _mm256_xor_si256(bytes.a, top), b = _mm256_xor_si256(bytes.b, top);
   return {{_mm256_abs_epi8(a), _mm256_abs_epi8(b)}, {a, b}};
 }
-TANDEM_INLINE I32x16 SetI32x16(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+TANDEM_INLINE I32x16 SetI32x16(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 TANDEM_INLINE __m256i Four(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, sizeof four);
   return _mm256_set1_epi32(four);
 }
-TANDEM_INLINE __m256i AddPairs(__m256i sums, __m256i pairs) { return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
-TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {
-  const __m256i first = Four(x), second = Four(x + 4);
-  for (int i = 0; i < 2; ++i) {  // 4 products of at most 15 * 127 fit into 16 bits
-    sums.v[i] = AddPairs(sums.v[i], _mm256_add_epi16(_mm256_maddubs_epi16(low.v[i], first), _mm256_maddubs_epi16(high.v[i], second)));
-  }
+TANDEM_INLINE I4Sums ZeroI4Sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// sums + _mm256_maddubs_epi16(rows, x). Of the intrinsics GCC makes many products before their sums, until 16 registers do not hold them.
+TANDEM_INLINE __m256i AddProducts(__m256i sums, __m256i rows, __m256i x) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums), "=&x"(product) : "x"(rows), "x"(x));
   return sums;
 }
+TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+  const __m256i four = Four(x);
+  return {AddProducts(sums.a, rows.a, four), AddProducts(sums.b, rows.b, four)};
+}
+TANDEM_INLINE __m256i AddPairs(__m256i sums, __m256i pairs) { return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) { return {AddPairs(sums.a, i4_sums.a), AddPairs(sums.b, i4_sums.b)}; }
 // |w| * (x with w's sign): the sums of pairs, at most 2 * 128 * 127, do not saturate.
 TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
   const __m256i four = Four(x);
-  for (int i = 0; i < 2; ++i) sums.v[i] = AddPairs(sums.v[i], _mm256_maddubs_epi16(rows.magnitude[i], _mm256_sign_epi8(four, rows.value[i])));
-  return sums;
+  return {AddPairs(sums.a, _mm256_maddubs_epi16(rows.magnitude.a, _mm256_sign_epi8(four, rows.value.a))),
+          AddPairs(sums.b, _mm256_maddubs_epi16(rows.magnitude.b, _mm256_sign_epi8(four, rows.value.b)))};
 }
-TANDEM_INLINE F32x16 Load16(const float* p) { return {{Load(p), Load(p + 8)}}; }
-TANDEM_INLINE F32x16 LoadHalf16(const uint16_t* p) { return {{LoadHalf(p), LoadHalf(p + 8)}}; }
+TANDEM_INLINE F32x16 Load16(const float* p) { return {Load(p), Load(p + 8)}; }
+TANDEM_INLINE F32x16 LoadHalf16(const uint16_t* p) { return {LoadHalf(p), LoadHalf(p + 8)}; }
 TANDEM_INLINE void Store16(float* p, F32x16 value) {
-  Store(p, value.v[0]);
-  Store(p + 8, value.v[1]);
+  Store(p, value.a);
+  Store(p + 8, value.b);
 }
+TANDEM_INLINE F32 AddScaled8(F32 y, __m256i sums, F32 w_scale, F32 x_scale) { return Add(y, Mul(_mm256_cvtepi32_ps(sums), Mul(w_scale, x_scale))); }
 TANDEM_INLINE F32x16 AddScaled(F32x16 y, I32x16 sums, F32x16 w_scale, float x_scale) {
-  for (int i = 0; i < 2; ++i) y.v[i] = Add(y.v[i], Mul(_mm256_cvtepi32_ps(sums.v[i]), Mul(w_scale.v[i], Set1(x_scale))));
-  return y;
+  const F32 scale = Set1(x_scale);
+  return {AddScaled8(y.a, sums.a, w_scale.a, scale), AddScaled8(y.b, sums.b, w_scale.b, scale)};
 }
 
 }  // namespace tandem::avx2

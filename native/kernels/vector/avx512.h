@@ -83,6 +83,10 @@ struct I8Rows {
   __mmask64 negative;
 };
 constexpr int32_t kI8Offset = 0;
+struct I4Sums {
+  __m512i v;  // 16 bits, two of each row
+};
+constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them fit into 16 bits
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return _mm512_loadu_si512(p); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
@@ -98,9 +102,11 @@ TANDEM_INLINE __m512i Four(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 TANDEM_INLINE __m512i AddPairs(__m512i sums, __m512i pairs) { return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))); }
-TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {  // 4 products of at most 15 * 127 fit into 16 bits
-  return AddPairs(sums, _mm512_add_epi16(_mm512_maddubs_epi16(low, Four(x)), _mm512_maddubs_epi16(high, Four(x + 4))));
+TANDEM_INLINE I4Sums ZeroI4Sums() { return {_mm512_setzero_si512()}; }
+TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+  return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(rows, Four(x)))};
 }
+TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) { return AddPairs(sums, i4_sums.v); }
 // |w| * (x with w's sign): the sums of pairs, at most 2 * 128 * 127, do not saturate.
 TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
   const __m512i four = Four(x);

@@ -5,10 +5,11 @@
 // half until one is left, in every file; ReduceAdd4 has the same bits as four ReduceAdd. StoreI8 takes whole numbers from -128 to 127.
 //
 // For 16 rows of weights at a time (kernels/packed_linear.h has the layout) there are the types U8x64, 16 rows of 4 bytes; I32x16 and F32x16, a number
-// for each row; I8Rows, what DotI8 wants to know of a U8x64; and
-//   DotI4(sums, low, high, x)   sums + for each row low[0..3] . x[0..3] + high[0..3] . x[4..7], for bytes in low and high up to 15, x of int8 > -128
-//   DotI8(sums, rows, x)        sums + for each row (byte - 128 + kI8Offset)[0..3] . x[0..3], for any bytes, x of int8 > -128
-//   AddScaled(y, sums, w, x)    y + float(sums) * (w * x), each product and the sum rounded
+// for each row; I8Rows, what DotI8 wants to know of a U8x64; I4Sums, for each row sums of products that may be narrower than 32 bits; and
+//   DotI4(sums, rows, x)       I4Sums + for each row byte[0..3] . x[0..3], for bytes up to 15, x of int8 > -128; at most kI4Dots times from ZeroI4Sums() on
+//   AddI4Sums(sums, i4_sums)   I32x16 + I4Sums
+//   DotI8(sums, rows, x)       I32x16 + for each row (byte - 128 + kI8Offset)[0..3] . x[0..3], for any bytes, x of int8 > -128
+//   AddScaled(y, sums, w, x)   y + float(sums) * (w * x), each product and the sum rounded
 // These have the same bits in every file.
 #pragma once
 
@@ -118,6 +119,10 @@ struct I8Rows {
   I16 even[4], odd[4];
 };
 constexpr int32_t kI8Offset = 0;
+struct I4Sums {
+  I16 v[4];  // two of each row
+};
+constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them fit into 16 bits
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
   U8x64 bytes;
@@ -153,14 +158,15 @@ TANDEM_INLINE void EvenAndOdd(const int8_t* x, I16* even, I16* odd) {
   *odd = all >> 8;
 }
 TANDEM_INLINE I32 AddPairs(I32 sums, I16 pairs) { return sums + ((I32)((I32)pairs << 16) >> 16) + ((I32)pairs >> 16); }
-TANDEM_INLINE I32x16 DotI4(I32x16 sums, U8x64 low, U8x64 high, const int8_t* x) {
-  I16 even[2], odd[2];
-  EvenAndOdd(x, &even[0], &odd[0]);
-  EvenAndOdd(x + 4, &even[1], &odd[1]);
-  for (int i = 0; i < 4; ++i) {  // 4 products of at most 15 * 127 fit into 16 bits
-    const I16 pairs = (low.v[i] & 0xff) * even[0] + (low.v[i] >> 8) * odd[0] + (high.v[i] & 0xff) * even[1] + (high.v[i] >> 8) * odd[1];
-    sums.v[i] = AddPairs(sums.v[i], pairs);
-  }
+TANDEM_INLINE I4Sums ZeroI4Sums() { return {}; }
+TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+  I16 even, odd;
+  EvenAndOdd(x, &even, &odd);
+  for (int i = 0; i < 4; ++i) sums.v[i] += (rows.v[i] & 0xff) * even + (rows.v[i] >> 8) * odd;
+  return sums;
+}
+TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) {
+  for (int i = 0; i < 4; ++i) sums.v[i] = AddPairs(sums.v[i], i4_sums.v[i]);
   return sums;
 }
 TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) {
