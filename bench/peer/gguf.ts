@@ -71,7 +71,10 @@ function encodeValue(entry: GgufValue): Buffer {
       case 'strings':
         return array(VALUE_IDS.string, entry.value.map(string));
       case 'int32s':
-        return array(VALUE_IDS.int32, entry.value.map((value) => uint32(value >>> 0)));
+        return array(
+          VALUE_IDS.int32,
+          entry.value.map((value) => uint32(value >>> 0)),
+        );
       case 'float32s':
         return array(VALUE_IDS.float32, entry.value.map(float32));
     }

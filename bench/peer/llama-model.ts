@@ -6,6 +6,7 @@ import { GGUF_TYPES, ggufHeader, ggufPadding, ggufTensorBytes, type GgufTensor, 
 /** Types of the matrices and of the output projection: what llama.cpp's own quantiser makes of a model for "Q4_0". */
 const MATRIX_TYPE = 'Q4_0';
 const OUTPUT_TYPE = 'Q6_K';
+const EMBEDDING = 'token_embd.weight';
 /** Spread of the random weights, as usual in such models: no activation overflows, no logit is NaN. */
 const SPREAD = 0.02;
 const PIECE_BLOCKS = 1 << 16;
@@ -14,10 +15,8 @@ const PIECE_BLOCKS = 1 << 16;
  * Writes a llama model (RMSNorm, rotary, SwiGLU, no biases) of random weights whose matrices have the shapes of the GLM model `config`:
  * attention without grouped queries, a gated unit of the same inner size. It is run on token ids: the vocabulary has the pieces that llama.cpp
  * insists on, and fillers.
- *
- * @returns the bytes of weights that one decoded token needs: every tensor but the embedding once, and one row of that
  */
-export async function writeLlamaModel(file: string, config: ModelConfig): Promise<number> {
+export async function writeLlamaModel(file: string, config: ModelConfig): Promise<void> {
   const tensors = llamaTensors(config);
   const pieces = new Map<GgufType, Buffer>();
   const handle = await open(file, 'wx');
@@ -27,19 +26,25 @@ export async function writeLlamaModel(file: string, config: ModelConfig): Promis
       if (!pieces.has(tensor.type)) pieces.set(tensor.type, randomBlocks(tensor.type, PIECE_BLOCKS));
       const piece = pieces.get(tensor.type)!;
       const bytes = ggufTensorBytes(tensor);
-      for (let offset = 0; offset < bytes; offset += piece.length) await handle.writeFile(piece.subarray(0, Math.min(piece.length, bytes - offset)));
+      for (let offset = 0; offset < bytes; offset += piece.length)
+        await handle.writeFile(piece.subarray(0, Math.min(piece.length, bytes - offset)));
       await handle.writeFile(Buffer.alloc(ggufPadding(bytes)));
     }
   } finally {
     await handle.close();
   }
-  return bytesPerToken(tensors);
+}
+
+/** Weights that one decoded token needs: every tensor but the embedding once, and one row of that. */
+export function llamaBytesPerToken(config: ModelConfig): number {
+  const rows = (name: string): number => (name === EMBEDDING ? config.vocabSize : 1);
+  return llamaTensors(config).reduce((sum, tensor) => sum + ggufTensorBytes(tensor) / rows(tensor.name), 0);
 }
 
 /** In the order of the forward pass. */
 export function llamaTensors(config: ModelConfig): GgufTensor[] {
   const { hiddenSize: h, innerHiddenSize: f, vocabSize, numLayers } = config;
-  const tensors: GgufTensor[] = [{ name: 'token_embd.weight', type: MATRIX_TYPE, shape: [vocabSize, h] }];
+  const tensors: GgufTensor[] = [{ name: EMBEDDING, type: MATRIX_TYPE, shape: [vocabSize, h] }];
   for (let layer = 0; layer < numLayers; layer++) {
     const norm = (name: string): GgufTensor => ({ name: `blk.${layer}.${name}.weight`, type: 'F32', shape: [h] });
     const matrix = (name: string, rows: number, columns: number): GgufTensor => ({
@@ -50,7 +55,10 @@ export function llamaTensors(config: ModelConfig): GgufTensor[] {
     tensors.push(norm('attn_norm'), ...['attn_q', 'attn_k', 'attn_v', 'attn_output'].map((name) => matrix(name, h, h)));
     tensors.push(norm('ffn_norm'), matrix('ffn_gate', f, h), matrix('ffn_up', f, h), matrix('ffn_down', h, f));
   }
-  tensors.push({ name: 'output_norm.weight', type: 'F32', shape: [h] }, { name: 'output.weight', type: OUTPUT_TYPE, shape: [vocabSize, h] });
+  tensors.push(
+    { name: 'output_norm.weight', type: 'F32', shape: [h] },
+    { name: 'output.weight', type: OUTPUT_TYPE, shape: [vocabSize, h] },
+  );
   return tensors;
 }
 
@@ -79,9 +87,9 @@ export function llamaMetadata(config: ModelConfig): Record<string, GgufValue> {
 
 /** SentencePiece's three special tokens, one for each byte, fillers. */
 function vocabulary(size: number): Record<string, GgufValue> {
-  const [NORMAL, UNKNOWN, CONTROL, BYTE] = [1, 2, 3, 6];
+  const [normal, unknown, control, byte] = [1, 2, 3, 6] as const;
   const special = ['<unk>', '<s>', '</s>'];
-  const bytes = Array.from({ length: 256 }, (_, byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, '0')}>`);
+  const bytes = Array.from({ length: 256 }, (_, value) => `<0x${value.toString(16).toUpperCase().padStart(2, '0')}>`);
   const fillers = Array.from({ length: size - special.length - bytes.length }, (_, i) => `filler${i}`);
   return {
     'tokenizer.ggml.model': { type: 'string', value: 'llama' },
@@ -89,16 +97,12 @@ function vocabulary(size: number): Record<string, GgufValue> {
     'tokenizer.ggml.scores': { type: 'float32s', value: new Array<number>(size).fill(0) },
     'tokenizer.ggml.token_type': {
       type: 'int32s',
-      value: [UNKNOWN!, CONTROL!, CONTROL!, ...bytes.map(() => BYTE!), ...fillers.map(() => NORMAL!)],
+      value: [unknown, control, control, ...bytes.map(() => byte), ...fillers.map(() => normal)],
     },
     'tokenizer.ggml.unknown_token_id': { type: 'uint32', value: 0 },
     'tokenizer.ggml.bos_token_id': { type: 'uint32', value: 1 },
     'tokenizer.ggml.eos_token_id': { type: 'uint32', value: 2 },
   };
-}
-
-function bytesPerToken(tensors: readonly GgufTensor[]): number {
-  return tensors.reduce((sum, tensor) => sum + ggufTensorBytes(tensor) / (tensor.name === 'token_embd.weight' ? tensor.shape[0]! : 1), 0);
 }
 
 /** Blocks of random values with mean 0 and the usual spread; ones where the type is a norm's. */

@@ -111,6 +111,11 @@ SamplingParams SamplingParamsFromJs(const Field& params) {
   return result;
 }
 
+Isa IsaFromJs(const Field& isa) {
+  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+  return kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "generic"})];
+}
+
 EngineOptions EngineOptionsFromJs(Napi::Value value) {
   constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
   const Field options(value, "");
@@ -131,8 +136,7 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   result.shard.world_size = static_cast<int>(options.Get("worldSize").Integer(1, kMostInt));
   result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
   const Field isa = options.Get("isa");
-  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
-  if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "generic"})];
+  if (!isa.IsNull()) result.isa = IsaFromJs(isa);
   result.weights.integer_products = options.Get("activations").OneOf({"int8", "float"}) == 0;
   result.weights.quantize_embedding = options.Get("quantizeEmbedding").OneOf({"none", "int8"}) == 1;
   const Field kv = options.Get("kv");
