@@ -18,7 +18,7 @@ const FRACTIONS: readonly RatioName[] = ['decodeOfBandwidth', 'prefillOfPeak'];
 
 export function renderText(isa: string, run: RecordedRun): string {
   const tables = [ratesTable(run), ratiosTable(run), limitsTable(run)];
-  return [headline(isa, run), ...tables.map(({ header, rows }) => formatTable(header, rows)), ...descriptions(run)].join('\n\n');
+  return [headline(isa, run), ...tables.map(({ header, rows }) => formatTable(header, rows)), descriptions(run).join('\n')].join('\n\n');
 }
 
 export function renderMarkdown(record: BenchRecord): string {

@@ -48,7 +48,7 @@ async function start({ storeDir, vocabSize, lengths, engine, layout: { workers, 
   };
   return {
     bytesPerToken: status.workers.reduce((sum, { weightBytes }) => sum + weightBytes, 0),
-    description: `${status.workers[0]!.isa}, activations ${engine.activations ?? 'as usual'}, embedding ${engine.quantizeEmbedding ?? 'none'}`,
+    description: [`${status.workers[0]!.isa} kernels`, ...Object.entries(engine).map(([flag, value]) => `${flag} ${value}`)].join(', '),
     run: (phase, seed) => phases[phase](seed),
     close: () => cluster.close(),
   };

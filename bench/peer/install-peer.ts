@@ -2,6 +2,7 @@ import { execFile } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
+import { oneLine } from '../../cli/describe-error.js';
 import { ConfigError } from '../../common/errors.js';
 import { packageRoot } from '../../common/package-root.js';
 
@@ -22,10 +23,11 @@ export async function installPeer(progress: (message: string) => void): Promise<
   if (system !== SYSTEM) throw new ConfigError(`the peer is set up for ${SYSTEM}, this is ${system}`);
   if (await isInstalled()) return;
   progress('installing the peer');
-  const args = ['ci', '--omit=optional', '--ignore-scripts', '--no-audit', '--no-fund'];
+  // Not `npm ci`: it wants every optional dependency in the lock file, and some of them are in no registry.
+  const args = ['install', '--no-save', '--omit=optional', '--ignore-scripts', '--no-audit', '--no-fund'];
   await promisify(execFile)('npm', args, { cwd: peerDir }).catch((error: Error & { stderr?: string }) => {
-    const reason = (error.stderr ?? error.message).split('\n').find((line) => line.startsWith('npm error') && !/code [A-Z]/.test(line));
-    throw new ConfigError(`\`npm ci\` in ${peerDir} failed: ${(reason ?? error.message.split('\n')[0]!).replace(/^npm error /, '')}`);
+    const reason = error.stderr?.split('\n').find((line) => /^npm error (?!code |syscall |errno |path )\S/.test(line));
+    throw new ConfigError(`\`npm install\` in ${peerDir} failed: ${reason?.replace(/^npm error /, '') ?? oneLine(error.message)}`);
   });
 }
 
