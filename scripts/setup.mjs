@@ -9,8 +9,8 @@ import { fileURLToPath, pathToFileURL } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 process.chdir(root);
-/** Folders among the sources that set-up itself fills. */
-const MADE_HERE = ['native/build', 'proto/generated', 'model/tiny/store'];
+/** Folders among the sources that are filled here: by set-up itself, and by the bench. */
+const MADE_HERE = ['native/build', 'proto/generated', 'model/tiny/store', 'bench/peer/node_modules'];
 
 const [major, minor] = process.versions.node.split('.').map(Number);
 if (major < 20 || (major === 20 && minor < 19)) fail(`Node ${process.versions.node} is here, 20.19 or later is needed`);

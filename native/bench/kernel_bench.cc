@@ -9,11 +9,8 @@
 
 #include "kernels/packed_linear.h"
 #include "model/aligned_buffer.h"
+#include "model/product_peak.h"
 #include "model/read_bandwidth.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace tandem {
 namespace {
@@ -33,34 +30,6 @@ double BestSeconds(int repeats, const std::function<void()>& body) {
   for (int i = 1; i < repeats; ++i) best = std::min(best, Seconds(body));
   return best;
 }
-
-#if defined(__x86_64__)
-// vpdpbusd on registers: 64 products each, 12 sums in flight.
-__attribute__((target("avx512f,avx512vnni"))) int VnniLoop(int64_t turns) {
-  const __m512i x = _mm512_set1_epi32(static_cast<int>(turns));
-  __m512i a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x, k = x, l = x;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    asm volatile(
-        "vpdpbusd %12, %12, %0\n vpdpbusd %12, %12, %1\n vpdpbusd %12, %12, %2\n vpdpbusd %12, %12, %3\n"
-        "vpdpbusd %12, %12, %4\n vpdpbusd %12, %12, %5\n vpdpbusd %12, %12, %6\n vpdpbusd %12, %12, %7\n"
-        "vpdpbusd %12, %12, %8\n vpdpbusd %12, %12, %9\n vpdpbusd %12, %12, %10\n vpdpbusd %12, %12, %11\n"
-        : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j), "+v"(k), "+v"(l)
-        : "v"(x));
-  }
-  const __m512i sums = a + b + c + d + e + f + g + h + i + j + k + l;
-  return static_cast<int>(sums[0]);
-}
-
-double VnniPeak(int threads) {  // multiplications per second
-  constexpr int64_t kTurns = 20'000'000;
-  ThreadPool pool(threads);
-  std::atomic<int> kept{0};
-  const double seconds = BestSeconds(3, [&] { pool.ParallelFor(threads, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) kept += VnniLoop(kTurns);
-  }); });
-  return static_cast<double>(kTurns) * 12 * 64 * threads / seconds;
-}
-#endif
 
 struct Matrices {
   explicit Matrices(WeightType type) {
@@ -123,10 +92,10 @@ int Run(int argc, char** argv) {
   double bandwidth[3] = {};
   for (const int threads : {1, 2}) {
     bandwidth[threads] = MeasureReadBandwidth(kTotalBytes, threads, 5, cancelled);
-    std::printf("%d thread(s): memory is read at %.2f GB/s", threads, bandwidth[threads] / 1e9);
-#if defined(__x86_64__)
-    if (IsaSupported(Isa::kAvx512Vnni)) std::printf("; vpdpbusd multiplies %.0f GMAC/s", VnniPeak(threads) / 1e9);
-#endif
+    std::printf("%d thread(s): memory is read at %.2f GB/s; GMAC/s in registers:", threads, bandwidth[threads] / 1e9);
+    for (const Isa isa : kAllIsas) {
+      if (IsaSupported(isa)) std::printf(" %s %.0f", IsaName(isa), MeasureProductPeak(isa, threads, cancelled) / 1e9);
+    }
     std::printf("\n");
   }
   for (const WeightType type : {WeightType::kI4, WeightType::kI8}) {

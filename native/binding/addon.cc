@@ -2,6 +2,7 @@
 #include <napi.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -11,6 +12,7 @@
 #include "core/cpu_features.h"
 #include "core/error.h"
 #include "kernels/sampling.h"
+#include "model/product_peak.h"
 #include "model/read_bandwidth.h"
 
 namespace tandem {
@@ -22,7 +24,7 @@ struct Instance {
   Napi::FunctionReference engine_constructor;
 };
 
-class BandwidthThread final : public Stoppable {
+class MeasuringThread final : public Stoppable {
  public:
   void Stop() override {
     cancelled.store(true);
@@ -51,24 +53,40 @@ Napi::Value DistributionOf(const Napi::CallbackInfo& info) {
   }
 }
 
-Napi::Value MeasureReadBandwidthCall(const Napi::CallbackInfo& info) {
+using Measurement = std::function<double(const std::atomic<bool>& cancelled)>;
+
+// A promise of what `parse` of the options measures, on a thread of its own.
+Napi::Value Measure(const Napi::CallbackInfo& info, Measurement (*parse)(const Field& options)) {
   const Napi::Env env = info.Env();
   try {
-    const Field options(info[0], "");
-    const int64_t bytes = options.Get("bytes").Integer(1, int64_t{1} << 40);
-    const int threads = static_cast<int>(options.Get("threads").Integer(1, 1024));
-    const int repeats = static_cast<int>(options.Get("repeats").Integer(1, 1000));
+    const Measurement measurement = parse(Field(info[0], ""));
     const std::shared_ptr<Runtime> runtime = env.GetInstanceData<Instance>()->runtime;
-    auto measuring = std::make_shared<BandwidthThread>();
+    auto measuring = std::make_shared<MeasuringThread>();
     runtime->Watch(measuring);
-    const auto measure = [measuring, bytes, threads, repeats] { return MeasureReadBandwidth(bytes, threads, repeats, measuring->cancelled); };
-    return AsyncCall<double>::Start(env, runtime, measuring->thread, measure,
-                                    [](Napi::Env env, double& bandwidth) { return Napi::Number::New(env, bandwidth); });
+    return AsyncCall<double>::Start(env, runtime, measuring->thread, [measuring, measurement] { return measurement(measuring->cancelled); },
+                                    [](Napi::Env env, double& result) { return Napi::Number::New(env, result); });
   } catch (...) {
     const Napi::Promise::Deferred deferred = Napi::Promise::Deferred::New(env);
     deferred.Reject(ErrorToJs(env, std::current_exception()));
     return deferred.Promise();
   }
+}
+
+Napi::Value MeasureReadBandwidthCall(const Napi::CallbackInfo& info) {
+  return Measure(info, [](const Field& options) -> Measurement {
+    const int64_t bytes = options.Get("bytes").Integer(1, int64_t{1} << 40);
+    const int threads = static_cast<int>(options.Get("threads").Integer(1, 1024));
+    const int repeats = static_cast<int>(options.Get("repeats").Integer(1, 1000));
+    return [=](const std::atomic<bool>& cancelled) { return MeasureReadBandwidth(bytes, threads, repeats, cancelled); };
+  });
+}
+
+Napi::Value MeasureProductPeakCall(const Napi::CallbackInfo& info) {
+  return Measure(info, [](const Field& options) -> Measurement {
+    const Isa isa = IsaFromJs(options.Get("isa"));
+    const int threads = static_cast<int>(options.Get("threads").Integer(1, 1024));
+    return [=](const std::atomic<bool>& cancelled) { return MeasureProductPeak(isa, threads, cancelled); };
+  });
 }
 
 Napi::Object BuildInfo(Napi::Env env) {
@@ -94,6 +112,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   exports.Set("build", BuildInfo(env));
   exports.Set("createEngine", Napi::Function::New<CreateEngine>(env, "createEngine"));
   exports.Set("distribution", Napi::Function::New<DistributionOf>(env, "distribution"));
+  exports.Set("measureProductPeak", Napi::Function::New<MeasureProductPeakCall>(env, "measureProductPeak"));
   exports.Set("measureReadBandwidth", Napi::Function::New<MeasureReadBandwidthCall>(env, "measureReadBandwidth"));
   return exports;
 }

@@ -20,6 +20,8 @@ export interface NativeAddon {
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
   /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
+  /** Products of INT4 weights with int8 activations per second that `threads` threads make in registers with the instructions of `isa`. */
+  measureProductPeak(options: { isa: NativeIsa; threads: number }): Promise<number>;
 }
 
 export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
@@ -138,6 +140,7 @@ export function loadAddon(): NativeAddon {
       }
     },
     measureReadBandwidth: (options) => raw.measureReadBandwidth(options).catch(rethrow(creationError)),
+    measureProductPeak: (options) => raw.measureProductPeak(options).catch(rethrow(creationError)),
   };
 }
 

@@ -111,6 +111,11 @@ SamplingParams SamplingParamsFromJs(const Field& params) {
   return result;
 }
 
+Isa IsaFromJs(const Field& isa) {
+  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kGeneric};
+  return kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "neon", "generic"})];
+}
+
 EngineOptions EngineOptionsFromJs(Napi::Value value) {
   constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
   const Field options(value, "");
@@ -132,8 +137,7 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
   for (const Field& cpu : options.Get("cpus").Elements()) result.cpus.push_back(static_cast<int>(cpu.Integer(0, kMostInt)));
   const Field isa = options.Get("isa");
-  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kGeneric};
-  if (!isa.IsNull()) result.isa = kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "neon", "generic"})];
+  if (!isa.IsNull()) result.isa = IsaFromJs(isa);
   result.weights.integer_products = options.Get("activations").OneOf({"int8", "float"}) == 0;
   result.weights.quantize_embedding = options.Get("quantizeEmbedding").OneOf({"none", "int8"}) == 1;
   const Field kv = options.Get("kv");

@@ -45,6 +45,7 @@ struct EncodedStepResult {
 EngineOptions EngineOptionsFromJs(Napi::Value options);
 Step StepFromJs(Napi::Value step_id, Napi::Value body);
 SamplingParams SamplingParamsFromJs(const Field& params);
+Isa IsaFromJs(const Field& isa);
 Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result);
 Napi::Value MemoryToJs(Napi::Env env, const EngineMemory& memory);
 

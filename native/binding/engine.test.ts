@@ -10,6 +10,7 @@ import {
   loadAddon,
   nativeErrorCode,
   type NativeEngine,
+  type NativeIsa,
   type NativeEngineOptions,
   type NativeSamplingParams,
   type NativeStepResult,
@@ -29,6 +30,10 @@ const blockSize = 4;
 const folder = mkdtempSync(path.join(os.tmpdir(), 'tandem-engine-test-'));
 const models = new Map<WeightFormat, RandomModel>();
 const native = loadAddon();
+/** Each has the ones before it that are of its family of processors. */
+const ISAS = ['generic', 'avx2', 'avx512', 'avx512vnni', 'neon'] as const;
+const FAMILY = native.build.isa === 'neon' ? (['generic', 'neon'] as const) : (['generic', 'avx2', 'avx512', 'avx512vnni'] as const);
+const SUPPORTED_ISAS: readonly NativeIsa[] = FAMILY.slice(0, [...FAMILY].findIndex((isa) => isa === native.build.isa) + 1);
 
 beforeAll(() => {
   for (const format of ['fp32', 'fp16', 'int8', 'int4'] as const) {
@@ -189,9 +194,8 @@ describe('forward pass', () => {
     });
   });
 
-  test.each(['generic', 'avx2', 'avx512', 'avx512vnni', 'neon'] as const)('is the same with %s kernels', async (isa) => {
-    const order = native.build.isa === 'neon' ? ['generic', 'neon'] : ['generic', 'avx2', 'avx512', 'avx512vnni'];
-    if (!order.slice(0, order.indexOf(native.build.isa) + 1).includes(isa)) {
+  test.each(ISAS)('is the same with %s kernels', async (isa) => {
+    if (!SUPPORTED_ISAS.includes(isa)) {
       await expect(native.createEngine(engineOptions({ isa }, 0, ''))).rejects.toThrow(/^isa: /);
       return;
     }
@@ -778,6 +782,16 @@ describe('life', () => {
   test('read bandwidth is a positive figure', async () => {
     expect(await native.measureReadBandwidth({ bytes: 8 << 20, threads: 2, repeats: 2 })).toBeGreaterThan(1e6);
     await expect(native.measureReadBandwidth({ bytes: 10, threads: 1, repeats: 1 })).rejects.toThrow('bytes: 10');
+  });
+
+  test('how many products are made in registers is measured for every instruction set that the CPU has', async () => {
+    for (const isa of ISAS) {
+      const peak = native.measureProductPeak({ isa, threads: 2 });
+      if (SUPPORTED_ISAS.includes(isa)) expect(await peak).toBeGreaterThan(1e7);
+      else await peak.catch((error: unknown) => expect(String(error)).toContain(`isa: this CPU has no ${isa}`)); // it may: TANDEM_ISA forces one
+    }
+    await expect(native.measureProductPeak({ isa: 'generic', threads: 0 })).rejects.toThrow('threads: 0');
+    await expect(native.measureProductPeak({ isa: 'sse' as 'avx2', threads: 1 })).rejects.toThrow('isa');
   });
 
   // Each script runs in a process of its own, with the addon, options of an engine and the bodies of two steps as globals.
