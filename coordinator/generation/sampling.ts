@@ -1,5 +1,6 @@
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import { type BlankContext, prefill } from './blank-context.js';
+import type { BlankContext } from '../../model/tokenizer/blank-context.js';
+import { prefill } from './prefill.js';
 import { BlankText, type FinalPart } from './blank-text.js';
 import type { LogitChanges } from './logit-changes.js';
 import type { FinishReason, TokenLogprob } from './request.js';
