@@ -4,6 +4,7 @@ import { hideBin } from 'yargs/helpers';
 import { packageVersion } from '../common/package-root.js';
 import { checkFlags, type FlagTypes } from './check-flags.js';
 import { demoCommand } from './commands/demo.js';
+import { exportCommand } from './commands/export.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
@@ -30,6 +31,7 @@ const commands = [
   workerCommand,
   generateCommand,
   importCommand,
+  exportCommand,
   inspectCommand,
   synthCommand,
   statusCommand,

@@ -3,6 +3,7 @@ import { ConfigError } from '../../common/errors.js';
 import { glm130b, parseModelConfig, type ModelConfig } from '../../model/model-config.js';
 import { readJsonFile } from '../../model/store/read-json-file.js';
 import { writeSyntheticSat, writeSyntheticStore } from '../../model/synth/write-synthetic.js';
+import { byteProgress } from '../byte-progress.js';
 import { formatBytes } from '../format.js';
 import { interruptible } from '../interrupt.js';
 import { wholeNumber } from '../number-option.js';
@@ -18,8 +19,6 @@ interface SynthArgs {
   format: 'sat' | 'store';
   archiveParts: number | undefined;
 }
-
-const progressEveryMs = 1000;
 
 export const synthCommand: CommandModule<unknown, SynthArgs> = {
   command: 'synth <to>',
@@ -63,7 +62,7 @@ export const synthCommand: CommandModule<unknown, SynthArgs> = {
       bits: args.weights === 'fp16' ? null : args.weights === 'int8' ? (8 as const) : (4 as const),
       ranks: args.tp,
       to: args.to,
-      onProgress: progressPrinter(),
+      onProgress: byteProgress(),
     };
     const archiveParts = args.archiveParts ?? null;
     if (args.format === 'store' && archiveParts !== null) throw new ConfigError('--archive-parts belongs to --format sat');
@@ -84,15 +83,4 @@ async function chooseConfig({ config: path, shape, layers }: SynthArgs): Promise
   if (path !== undefined && shape !== undefined) throw new ConfigError('--config and --shape both name a model: give one of them');
   const config = path === undefined ? glm130b : parseModelConfig(await readJsonFile(path, 2 ** 20), path);
   return { ...config, numLayers: layers ?? config.numLayers };
-}
-
-/** A line about once a second. */
-function progressPrinter(): (progress: { bytes: number; totalBytes: number }) => void {
-  let last = performance.now();
-  return ({ bytes, totalBytes }) => {
-    const now = performance.now();
-    if (now - last < progressEveryMs) return;
-    last = now;
-    process.stderr.write(`${formatBytes(bytes)} of ${formatBytes(totalBytes)}\n`);
-  };
 }

@@ -1,7 +1,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { FileSink, type ByteSink } from '../export/byte-sink.js';
-import { rankFileName, rankFileRoot, satTensors, type SatTensor } from '../export/sat-tensors.js';
+import { rankFileName, rankFileRoot, rotaryFrequencies, satTensors, type SatTensor, type SatWeights } from '../export/sat-tensors.js';
 import { layOutTorchFile, plannedBytes, TorchFileWriter } from '../export/write-torch.js';
 import type { QuantizedBits } from '../import/quantize.js';
 import { localShare, modelConfigToJson, type ModelConfig } from '../model-config.js';
@@ -185,13 +185,17 @@ function rowScales(weights: SyntheticWeights, { name }: GlmTensor, bits: Quantiz
 
 /** The tensors of a rank's file, in their order and in pieces of whole rows. */
 function shardSource(
-  { seed, ranks, bits }: SynthOptions,
+  { config, seed, ranks, bits }: SynthOptions,
   tensors: readonly SatTensor[],
 ): (rank: number) => Generator<{ name: string; bytes: Uint8Array }> {
   const weights = new SyntheticWeights(seed);
   const pieces = new Pieces();
   return function* (rank) {
     for (const tensor of tensors) {
+      if (tensor.part === 'frequencies') {
+        yield { name: tensor.name, bytes: rotaryFrequencies(config) };
+        continue;
+      }
       const [rows, ...rowShape] = tensor.shape as [number, ...number[]];
       const rowBytes = plannedBytes({ ...tensor, shape: rowShape });
       const fill: Fill = (begin, out) => {
@@ -206,7 +210,7 @@ function shardSource(
   };
 }
 
-function itemBytes({ dtype }: SatTensor): number {
+function itemBytes({ dtype }: SatWeights): number {
   return plannedBytes({ name: '', dtype, shape: [] });
 }
 
@@ -219,7 +223,7 @@ interface WholeRun {
 
 /** Where rows [begin, end) of a rank's shard lie in the whole tensor (model-spec section 1.2), in elements as they are stored. */
 function* wholeRuns(
-  { shape, source, part }: SatTensor,
+  { shape, source, part }: SatWeights,
   { rank, ranks }: { rank: number; ranks: number },
   { begin, end }: { begin: number; end: number },
 ): Generator<WholeRun> {
