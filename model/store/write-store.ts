@@ -1,8 +1,9 @@
 import { createHash, randomBytes, type Hash } from 'node:crypto';
-import { copyFile, mkdir, open, readdir, rename, rm, writeFile, type FileHandle } from 'node:fs/promises';
+import { mkdir, open, readdir, readFile, rename, rm, writeFile, type FileHandle } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { ConfigError } from '../../common/errors.js';
 import { modelConfigToJson, type ModelConfig } from '../model-config.js';
+import { manifestFileName, type ManifestEntry, type StoreManifest } from './manifest.js';
 import { configFileName, indexFileName, tensorBytes, tokenizerFileName, type StoreDtype, type StoreQuantization } from './store-format.js';
 
 export interface PlannedTensor {
@@ -32,6 +33,7 @@ interface ShardFile {
  */
 export class StoreWriter {
   private readonly checksums: Record<string, string> = {};
+  private readonly files: Record<string, ManifestEntry> = {};
   private readonly queue: { tensor: PlannedTensor; shard: ShardFile }[];
   private file: { shard: ShardFile; handle: FileHandle } | null = null;
   private current: { bytesLeft: number; hash: Hash } | null = null;
@@ -75,12 +77,10 @@ export class StoreWriter {
   async commit({ config, quantization, tokenizerPath }: StoreDescription): Promise<void> {
     if (this.queue.length > 0) throw new Error(`tensor ${this.queue[0]!.tensor.name} was never written`);
     await this.closeShard();
-    if (tokenizerPath !== null) {
-      await copyFile(tokenizerPath, join(this.folder, tokenizerFileName));
-      await syncPath(join(this.folder, tokenizerFileName));
-    }
-    await this.writeJson(indexFileName, this.index());
-    await this.writeJson(configFileName, { ...modelConfigToJson(config), quantization });
+    if (tokenizerPath !== null) await this.writeFile(tokenizerFileName, await readFile(tokenizerPath));
+    await this.writeFile(indexFileName, json(this.index()));
+    await this.writeFile(configFileName, json({ ...modelConfigToJson(config), quantization }));
+    await this.writeFile(manifestFileName, json(this.manifest()));
     await syncPath(this.folder);
     await refuseExistingTarget(this.target);
     await rename(this.folder, this.target).catch((error: NodeJS.ErrnoException) => {
@@ -114,15 +114,30 @@ export class StoreWriter {
   }
 
   private index(): unknown {
-    const tensors = this.shards.flatMap((shard) => shard.tensors.map((tensor) => ({ ...tensor, file: shard.name })));
-    const total = tensors.reduce((sum, { dtype, shape }) => sum + tensorBytes(dtype, shape), 0);
-    const weightMap = Object.fromEntries(tensors.map(({ name, file }) => [name, file]));
-    return { metadata: { total_size: total, sha256: this.checksums }, weight_map: weightMap };
+    const tensors = this.tensors();
+    const total = tensors.reduce((sum, { bytes }) => sum + bytes, 0);
+    return { metadata: { total_size: total }, weight_map: Object.fromEntries(tensors.map(({ name, file }) => [name, file])) };
   }
 
-  private async writeJson(name: string, value: unknown): Promise<void> {
-    await writeFile(join(this.folder, name), `${JSON.stringify(value, null, 2)}\n`, { flag: 'wx', flush: true });
+  private manifest(): StoreManifest {
+    const tensors = this.tensors().map(({ name, ...rest }) => [name, { ...rest, sha256: this.checksums[name]! }] as const);
+    return { version: 1, hash: 'sha256', tensors: Object.fromEntries(tensors), files: this.files };
   }
+
+  private tensors(): { name: string; file: string; bytes: number }[] {
+    return this.shards.flatMap((shard) =>
+      shard.tensors.map(({ name, dtype, shape }) => ({ name, file: shard.name, bytes: tensorBytes(dtype, shape) })),
+    );
+  }
+
+  private async writeFile(name: string, content: Uint8Array): Promise<void> {
+    await writeFile(join(this.folder, name), content, { flag: 'wx', flush: true });
+    this.files[name] = { bytes: content.length, sha256: createHash('sha256').update(content).digest('hex') };
+  }
+}
+
+function json(value: unknown): Buffer {
+  return Buffer.from(`${JSON.stringify(value, null, 2)}\n`);
 }
 
 async function refuseExistingTarget(path: string): Promise<void> {
