@@ -12,6 +12,7 @@ import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
+import { synthCommand } from './commands/synth.js';
 import { topCommand } from './commands/top.js';
 import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
@@ -30,6 +31,7 @@ const commands = [
   generateCommand,
   importCommand,
   inspectCommand,
+  synthCommand,
   statusCommand,
   topCommand,
   logitsCommand,
