@@ -24,13 +24,7 @@ export class NewFolder {
 
   /** Puts the folder in its place. Its files are synced by those who wrote them. */
   async commit(): Promise<void> {
-    await syncPath(this.path);
-    await refuseExisting(this.target);
-    await rename(this.path, this.target).catch((error: NodeJS.ErrnoException) => {
-      // rename(2) replaces an empty folder and no other: somebody else was faster.
-      throw error.code === 'ENOTEMPTY' || error.code === 'EEXIST' ? existsError(this.target) : error;
-    });
-    await syncPath(dirname(this.target));
+    await putInPlace(this.path, this.target);
   }
 
   /** Removes what was written. After {@link commit} there is nothing to remove. */
@@ -39,7 +33,19 @@ export class NewFolder {
   }
 }
 
-async function refuseExisting(target: string): Promise<void> {
+/** Renames a folder to `target`, which is absent or empty, and syncs both. @throws ConfigError where somebody else was faster */
+export async function putInPlace(folder: string, target: string): Promise<void> {
+  await syncPath(folder);
+  await refuseExisting(target);
+  await rename(folder, target).catch((error: NodeJS.ErrnoException) => {
+    // rename(2) replaces an empty folder and no other.
+    throw error.code === 'ENOTEMPTY' || error.code === 'EEXIST' ? existsError(target) : error;
+  });
+  await syncPath(dirname(target));
+}
+
+/** @throws ConfigError where `target` exists and is not an empty folder */
+export async function refuseExisting(target: string): Promise<void> {
   const content = await readdir(target).catch((error: NodeJS.ErrnoException) => {
     if (error.code === 'ENOENT') return [];
     throw new ConfigError(`target ${target} is no folder or cannot be read (${error.code}); choose another target`);
@@ -51,7 +57,7 @@ function existsError(target: string): ConfigError {
   return new ConfigError(`target ${target} exists and is not empty; remove it or choose another target`);
 }
 
-async function syncPath(path: string): Promise<void> {
+export async function syncPath(path: string): Promise<void> {
   const handle = await open(path, 'r');
   try {
     await handle.sync();

@@ -45,10 +45,15 @@ void LayerNorm(Isa isa, const float* x, int64_t m, int64_t n, const float* weigh
   pool.ParallelFor(m, RowGrain(n), std::cref(body));
 }
 
-void ResidualAdd(Isa isa, float* x, float alpha, const float* delta, const float* bias, int64_t m, int64_t n, ThreadPool& pool) {
+void ResidualLayerNorm(Isa isa, float* x, float alpha, const float* delta, const float* delta_bias, int64_t m, int64_t n, const float* weight,
+                       const float* bias, float eps, ThreadPool& pool) {
   const auto residual_add_row = TANDEM_SELECT(isa, ResidualAddRow);
+  const auto layer_norm_row = TANDEM_SELECT(isa, LayerNormRow);
   const auto body = [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) residual_add_row(x + i * n, alpha, delta + i * n, bias, n);
+    for (int64_t i = begin; i < end; ++i) {
+      residual_add_row(x + i * n, alpha, delta + i * n, delta_bias, n);
+      layer_norm_row(x + i * n, n, weight, bias, eps, x + i * n);
+    }
   };
   pool.ParallelFor(m, RowGrain(n), std::cref(body));
 }

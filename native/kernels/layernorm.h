@@ -12,9 +12,11 @@ namespace tandem {
 //   x, y: [m, n] dense, may be the same memory; weight, bias: [n]
 void LayerNorm(Isa isa, const float* x, int64_t m, int64_t n, const float* weight, const float* bias, float eps, float* y, ThreadPool& pool);
 
-// x[i, c] = alpha * x[i, c] + delta[i, c] + bias[c]: GLM's residual, the normalised value times alpha plus the sub-layer's output
-//   x, delta: [m, n] dense, no overlap; bias: [n]
-void ResidualAdd(Isa isa, float* x, float alpha, const float* delta, const float* bias, int64_t m, int64_t n, ThreadPool& pool);
+// GLM's residual, the normalised value times alpha plus the sub-layer's output, and the layer norm that always follows, in one pass over the rows:
+//   x[i, :] = LayerNorm(alpha * x[i, :] + delta[i, :] + delta_bias)
+//   x, delta: [m, n] dense, no overlap; delta_bias, weight, bias: [n]
+void ResidualLayerNorm(Isa isa, float* x, float alpha, const float* delta, const float* delta_bias, int64_t m, int64_t n, const float* weight,
+                       const float* bias, float eps, ThreadPool& pool);
 
 void LayerNormRef(const float* x, int64_t m, int64_t n, const float* weight, const float* bias, float eps, float* y);
 void ResidualAddRef(float* x, float alpha, const float* delta, const float* bias, int64_t m, int64_t n);

@@ -11,7 +11,6 @@ namespace tandem {
 
 namespace {
 
-constexpr float kSmallestMaximum = 1e-30f;  // its inverse times 127 is finite
 constexpr int64_t kMinElements = 1 << 14;   // of a thread: less costs more to hand out than to do
 
 }  // namespace

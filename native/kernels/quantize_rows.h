@@ -15,6 +15,7 @@
 namespace tandem {
 
 constexpr int64_t kSegmentColumns = 128;
+constexpr float kSmallestMaximum = 1e-30f;  // its inverse times 127 is finite
 
 // The segments of rows of `cols` columns; the groups are LinearWeight's.
 class ColumnSegments {
@@ -62,6 +63,7 @@ constexpr int64_t kQuantizedSegmentBytes = kSegmentColumns + 4 + 4;
 
 inline int64_t NumTiles(int64_t m) { return (m + kTileTokens - 1) / kTileTokens; }
 inline int64_t TileBegin(int64_t m, int64_t tile) { return tile * m / NumTiles(m); }
+inline int64_t TileOf(int64_t m, int64_t row) { return ((row + 1) * NumTiles(m) - 1) / m; }  // TileBegin(tile) <= row < TileBegin(tile + 1)
 inline int64_t QuantizedBytes(const ColumnSegments& segments, int64_t m) { return m * segments.count * kQuantizedSegmentBytes; }
 
 //   x: [m, segments.cols], rows x_stride floats apart; to: QuantizedBytes(segments, m) bytes, 64-byte aligned

@@ -20,7 +20,6 @@ enum class Activation {
 };
 
 enum class Projection { kQueryKeyValue, kDense, kHTo4h, k4hToH };
-enum class Norm { kInput, kPostAttention, kFinal };
 
 // The rows of one step: the runs of the Extends one after another, a run that is not whole (Extend::is_whole) behind all others.
 struct Batch {
@@ -52,17 +51,19 @@ class Backend {
   virtual void RestoreCarry(int64_t first, int64_t count) = 0;
   // The rows' embeddings where this rank has them, else zeros.
   virtual void Embed(Activation out) = 0;
-  virtual void LayerNorm(int64_t layer, Norm norm, Activation x) = 0;  // in place; layer is ignored for kFinal
-  // Column-parallel layers (kQueryKeyValue, kHTo4h) with their bias; row-parallel ones (kDense, k4hToH) without: AddResidual adds it once for all ranks.
+  virtual void InputNorm(Activation x) = 0;  // layer 0's, in place
+  // Column-parallel layers (kQueryKeyValue, kHTo4h) with their bias; row-parallel ones (kDense, k4hToH) without: AddResidualAndNorm adds it once for all ranks.
   virtual void Linear(int64_t layer, Projection projection, Activation in, Activation out) = 0;
   virtual void RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) = 0;
   // Goes on with these of the rows in use alone, in kHidden, kNarrow and the batch. Ascending, not empty.
   virtual void KeepRows(const std::vector<int64_t>& rows) = 0;
   virtual void Attention(int64_t layer, Activation q) = 0;  // in place
-  virtual void Geglu(Activation u, Activation y) = 0;
+  // y = k4hToH's product with GEGLU(u), through kNarrow or not
+  virtual void GegluLinear(int64_t layer, Activation u, Activation y) = 0;
   virtual void AllReduce(Activation x) = 0;
-  // x = alpha x + delta + the projection's bias
-  virtual void AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) = 0;
+  // x = the layer norm of (alpha x + delta + the projection's bias): after kDense layer's own second one, after k4hToH the next layer's first one or, behind
+  // the last layer, the final one.
+  virtual void AddResidualAndNorm(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) = 0;
   // Logits [count, V] of rows [first, first + count) of kHidden, gathered on rank 0. count <= kMaxLogitsRows.
   virtual void Logits(int64_t first, int64_t count) = 0;
   // Rank 0: what the Extends want of the logits of the last Logits call. An Extend whose want cannot be met gets an ErrorResult, which stays.

@@ -100,34 +100,19 @@ void CpuBackend::Embed(Activation out) {
   }
 }
 
-void CpuBackend::LayerNorm(int64_t layer, Norm norm, Activation x) {
-  const LayerNormWeights& weights = norm == Norm::kFinal   ? weights_.final_layernorm
-                                    : norm == Norm::kInput ? Layer(layer).input_layernorm
-                                                           : Layer(layer).post_attention_layernorm;
-  tandem::LayerNorm(isa_, At(x), rows_, shape_.hidden_size, weights.weight.data(), weights.bias.data(), shape_.layernorm_epsilon, At(x), pool_);
+void CpuBackend::InputNorm(Activation x) {
+  const LayerNormWeights& weights = Layer(0).input_layernorm;
+  LayerNorm(isa_, At(x), rows_, shape_.hidden_size, weights.weight.data(), weights.bias.data(), shape_.layernorm_epsilon, At(x), pool_);
 }
 
 void CpuBackend::Linear(int64_t layer, Projection projection, Activation in, Activation out) {
   const LayerWeights& weights = Layer(layer);
-  const OwnedLinear* weight = nullptr;
-  const float* bias = nullptr;
   switch (projection) {
-    case Projection::kQueryKeyValue:
-      weight = &weights.query_key_value;
-      bias = weights.query_key_value_bias.data();
-      break;
-    case Projection::kDense:
-      weight = &weights.dense;
-      break;
-    case Projection::kHTo4h:
-      weight = &weights.dense_h_to_4h;
-      bias = weights.dense_h_to_4h_bias.data();
-      break;
-    case Projection::k4hToH:
-      weight = &weights.dense_4h_to_h;
-      break;
+    case Projection::kQueryKeyValue: return Multiply(weights.query_key_value, At(in), rows_, weights.query_key_value_bias.data(), At(out));
+    case Projection::kDense: return Multiply(weights.dense, At(in), rows_, nullptr, At(out));
+    case Projection::kHTo4h: return Multiply(weights.dense_h_to_4h, At(in), rows_, weights.dense_h_to_4h_bias.data(), At(out));
+    case Projection::k4hToH: return Multiply(weights.dense_4h_to_h, At(in), rows_, nullptr, At(out));
   }
-  Multiply(*weight, At(in), rows_, bias, At(out));
 }
 
 void CpuBackend::Multiply(const OwnedLinear& weight, const float* x, int64_t m, const float* bias, float* y) {
@@ -160,16 +145,28 @@ void CpuBackend::Attention(int64_t layer, Activation q) {
   tandem::Attention(isa_, At(q), attention_.data(), rows_, kv_.layer(layer), At(q), pool_);
 }
 
-void CpuBackend::Geglu(Activation u, Activation y) { tandem::Geglu(isa_, At(u), rows_, local_inner_, At(y), pool_); }
+void CpuBackend::GegluLinear(int64_t layer, Activation u, Activation y) {
+  const OwnedLinear& weight = Layer(layer).dense_4h_to_h;
+  if (weight.packed) {
+    GegluQuantized(isa_, weight.packed->segments, At(u), rows_, quantized_.data(), pool_);
+    PackedLinear(isa_, *weight.packed, quantized_.data(), rows_, nullptr, At(y), weight.rows(), pool_);
+  } else {
+    Geglu(isa_, At(u), rows_, local_inner_, At(Activation::kNarrow), pool_);
+    Multiply(weight, At(Activation::kNarrow), rows_, nullptr, At(y));
+  }
+}
 
 void CpuBackend::AllReduce(Activation x) {
   Timed([&] { communicator_.AllReduceSum(At(x), rows_ * shape_.hidden_size); });
 }
 
-void CpuBackend::AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) {
+void CpuBackend::AddResidualAndNorm(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) {
   const LayerWeights& weights = Layer(layer);
-  const std::vector<float>& bias = projection == Projection::kDense ? weights.dense_bias : weights.dense_4h_to_h_bias;
-  ResidualAdd(isa_, At(x), alpha, At(delta), bias.data(), rows_, shape_.hidden_size, pool_);
+  const bool is_attention = projection == Projection::kDense, is_last = layer == shape_.num_layers - 1;
+  const LayerNormWeights& norm = is_attention ? weights.post_attention_layernorm : is_last ? weights_.final_layernorm : Layer(layer + 1).input_layernorm;
+  const std::vector<float>& bias = is_attention ? weights.dense_bias : weights.dense_4h_to_h_bias;
+  ResidualLayerNorm(isa_, At(x), alpha, At(delta), bias.data(), rows_, shape_.hidden_size, norm.weight.data(), norm.bias.data(), shape_.layernorm_epsilon,
+                    pool_);
 }
 
 void CpuBackend::Logits(int64_t first, int64_t count) {

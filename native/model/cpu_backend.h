@@ -26,14 +26,14 @@ class CpuBackend final : public Backend {
   void SaveCarry(int64_t first, int64_t count) override;
   void RestoreCarry(int64_t first, int64_t count) override;
   void Embed(Activation out) override;
-  void LayerNorm(int64_t layer, Norm norm, Activation x) override;
+  void InputNorm(Activation x) override;
   void Linear(int64_t layer, Projection projection, Activation in, Activation out) override;
   void RotaryAndWriteKv(int64_t layer, Activation qkv, Activation q) override;
   void KeepRows(const std::vector<int64_t>& rows) override;
   void Attention(int64_t layer, Activation q) override;
-  void Geglu(Activation u, Activation y) override;
+  void GegluLinear(int64_t layer, Activation u, Activation y) override;
   void AllReduce(Activation x) override;
-  void AddResidual(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) override;
+  void AddResidualAndNorm(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) override;
   void Logits(int64_t first, int64_t count) override;
   void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) override;
   int64_t collective_micros() const override { return collective_nanos_ / 1000; }

@@ -79,12 +79,12 @@ void Forward(const ModelShape& shape, const Plan& plan, Backend& backend, const 
     if (layer == 0) {
       backend.Embed(kHidden);
       backend.AllReduce(kHidden);
+      backend.InputNorm(kHidden);
     } else if (layer == plan.first_layer) {
       backend.RestoreCarry(plan.whole_rows, plan.partial_rows);
     }
 
-    // The residual is the normalised value times alpha, so the layer norm is in place (model-spec section 12, 1).
-    backend.LayerNorm(layer, Norm::kInput, kHidden);
+    // kHidden is normalised: the residual is the normalised value times alpha, so each sum is followed by a layer norm in place (model-spec section 12, 1).
     backend.Linear(layer, Projection::kQueryKeyValue, kHidden, kWide);
     backend.RotaryAndWriteKv(layer, kWide, kNarrow);
     if (layer == shape.num_layers - 1) {
@@ -94,19 +94,16 @@ void Forward(const ModelShape& shape, const Plan& plan, Backend& backend, const 
     backend.Attention(layer, kNarrow);
     backend.Linear(layer, Projection::kDense, kNarrow, kDelta);
     backend.AllReduce(kDelta);
-    backend.AddResidual(layer, Projection::kDense, alpha, kDelta, kHidden);
+    backend.AddResidualAndNorm(layer, Projection::kDense, alpha, kDelta, kHidden);
 
-    backend.LayerNorm(layer, Norm::kPostAttention, kHidden);
     backend.Linear(layer, Projection::kHTo4h, kHidden, kWide);
-    backend.Geglu(kWide, kNarrow);
-    backend.Linear(layer, Projection::k4hToH, kNarrow, kDelta);
+    backend.GegluLinear(layer, kWide, kDelta);
     backend.AllReduce(kDelta);
-    backend.AddResidual(layer, Projection::k4hToH, alpha, kDelta, kHidden);
+    backend.AddResidualAndNorm(layer, Projection::k4hToH, alpha, kDelta, kHidden);
     if (plan.partial_rows > 0 && layer == plan.end_layer - 1 && plan.end_layer < shape.num_layers) {
       backend.SaveCarry(plan.whole_rows, plan.partial_rows);
     }
   }
-  if (!plan.wanted_rows.empty()) backend.LayerNorm(0, Norm::kFinal, kHidden);
 }
 
 // Results with room for what is wanted. What goes wrong on rank 0 alone must not keep it from the collectives that the others are in.

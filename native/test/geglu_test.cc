@@ -1,6 +1,7 @@
 #include "kernels/geglu.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "test/kernel_test.h"
@@ -48,6 +49,26 @@ TEST(geglu_is_exact_over_the_whole_range) {
     GegluRef(u.data(), 1, f, expected.data());
     for (size_t j = 0; j < gates.size(); ++j) {
       CHECK_NEAR(std::string(IsaName(isa)) + " gelu(" + std::to_string(gates[j]) + ")", y[j], expected[j], Bound(1.0f, gates[j]));
+    }
+  });
+}
+
+TEST(geglu_quantized_has_the_bits_of_geglu_and_then_quantize_rows) {
+  ForEachIsa([](Isa isa) {
+    ThreadPool pool(2);
+    for (const int64_t f : RaggedSizes()) {
+      for (const int64_t m : {int64_t{1}, 1 + f % 30}) {
+        const ColumnSegments segments(f, 50 + f / 2, f / 5);
+        const std::vector<float> u = RandomFloats(m * 2 * f, 1 + static_cast<uint32_t>(f), 2.0f);
+        std::vector<float> y(static_cast<size_t>(m * f));
+        const size_t bytes = static_cast<size_t>(QuantizedBytes(segments, m));
+        std::vector<uint8_t> memory(bytes + 64, 0xa5), expected_memory(memory);
+        const auto aligned = [](std::vector<uint8_t>& of) { return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(of.data()) + 63) / 64 * 64); };
+        Geglu(isa, u.data(), m, f, y.data(), pool);
+        QuantizeRows(isa, segments, y.data(), m, f, aligned(expected_memory), pool);
+        GegluQuantized(isa, segments, u.data(), m, aligned(memory), pool);
+        CHECK(std::memcmp(aligned(memory), aligned(expected_memory), bytes) == 0);
+      }
     }
   });
 }

@@ -53,21 +53,34 @@ TEST(layernorm_of_a_constant_row_is_the_bias) {
   });
 }
 
-TEST(residual_add_vector_equals_ref) {
+TEST(residual_layernorm_equals_ref) {
   ForEachIsa([](Isa isa) {
     ThreadPool pool(2);
     for (const int64_t n : RaggedSizes()) {
       const int64_t m = 3;
       const float alpha = 11.832159f;
-      const std::vector<float> x = RandomFloats(m * n + 1, 1), delta = RandomFloats(m * n, 2), bias = RandomFloats(n, 3);
-      std::vector<float> y(x), expected(x);
-      ResidualAdd(isa, y.data() + 1, alpha, delta.data(), bias.data(), m, n, pool);
-      ResidualAddRef(expected.data() + 1, alpha, delta.data(), bias.data(), m, n);
+      const std::vector<float> x = RandomFloats(m * n + 1, 1), delta = RandomFloats(m * n, 2), delta_bias = RandomFloats(n, 3);
+      const std::vector<float> weight = RandomFloats(n, 4), bias = RandomFloats(n, 5);
+      std::vector<float> y(x), sums(x), expected(x);
+      ResidualLayerNorm(isa, y.data() + 1, alpha, delta.data(), delta_bias.data(), m, n, weight.data(), bias.data(), 1e-5f, pool);
+      ResidualAddRef(sums.data() + 1, alpha, delta.data(), delta_bias.data(), m, n);
+      LayerNormRef(sums.data() + 1, m, n, weight.data(), bias.data(), 1e-5f, expected.data() + 1);
       CHECK_EQ(y[0], x[0]);
-      for (int64_t i = 0; i < m * n; ++i) {
-        const size_t p = static_cast<size_t>(i);
-        const double magnitude = alpha * std::abs(x[p + 1]) + std::abs(delta[p]) + std::abs(bias[static_cast<size_t>(i % n)]);
-        CHECK_NEAR(IsaName(isa), y[p + 1], expected[p + 1], 3 * magnitude * 0x1p-24);
+      for (int64_t i = 0; i < m; ++i) {
+        const float* row = sums.data() + 1 + i * n;
+        double mean = 0.0, variance = 0.0, largest = 0.0;
+        for (int64_t c = 0; c < n; ++c) mean += row[c] / static_cast<double>(n);
+        for (int64_t c = 0; c < n; ++c) variance += (row[c] - mean) * (row[c] - mean) / static_cast<double>(n);
+        const double deviation = std::sqrt(variance + 1e-5);
+        for (int64_t c = 0; c < n; ++c) largest = std::max(largest, std::abs(static_cast<double>(row[c])));
+        // A sum is off by a few roundings of terms no larger than alpha and 2; every one of them moves mean and deviation.
+        const double sum_error = 4 * (largest + alpha + 2) * 0x1p-24;
+        for (int64_t c = 0; c < n; ++c) {
+          const double normalised = std::abs((row[c] - mean) / deviation);
+          const double error = (sum_error * (2 + normalised) / deviation + normalised * (16.0 + static_cast<double>(n) / 4) * 0x1p-24);
+          const size_t p = static_cast<size_t>(i * n + c + 1);
+          CHECK_NEAR(IsaName(isa), y[p], expected[p], std::abs(weight[static_cast<size_t>(c)]) * error + std::abs(expected[p]) * 0x1p-23 + 1e-6);
+        }
       }
     }
   });
@@ -78,19 +91,19 @@ TEST(layernorm_rows_have_the_same_bits_in_every_batch) {
     for (const int64_t n : {7, 64, 1000}) {
       const int64_t max_m = 40;
       const std::vector<float> x = RandomFloats(max_m * n, 1), weight = RandomFloats(n, 2), bias = RandomFloats(n, 3);
-      std::vector<float> single(x.size()), single_sum(x), batch(x.size());
+      std::vector<float> single(x.size()), single_residual(x), batch(x.size());
       ThreadPool one(1), two(2), three(3);
       for (int64_t i = 0; i < max_m; ++i) {
         LayerNorm(isa, x.data() + i * n, 1, n, weight.data(), bias.data(), 1e-5f, single.data() + i * n, one);
-        ResidualAdd(isa, single_sum.data() + i * n, 5.5f, single.data() + i * n, bias.data(), 1, n, one);
+        ResidualLayerNorm(isa, single_residual.data() + i * n, 5.5f, single.data() + i * n, bias.data(), 1, n, weight.data(), bias.data(), 1e-5f, one);
       }
       for (int64_t m = 1; m <= max_m; ++m) {
         for (ThreadPool* pool : {&one, &two, &three}) {
           LayerNorm(isa, x.data(), m, n, weight.data(), bias.data(), 1e-5f, batch.data(), *pool);
           CHECK_SAME_BITS("layer norm, m " + std::to_string(m), batch.data(), single.data(), m * n);
-          std::vector<float> sum(x);
-          ResidualAdd(isa, sum.data(), 5.5f, single.data(), bias.data(), m, n, *pool);
-          CHECK_SAME_BITS("residual, m " + std::to_string(m), sum.data(), single_sum.data(), m * n);
+          std::vector<float> residual(x);
+          ResidualLayerNorm(isa, residual.data(), 5.5f, single.data(), bias.data(), m, n, weight.data(), bias.data(), 1e-5f, *pool);
+          CHECK_SAME_BITS("residual, m " + std::to_string(m), residual.data(), single_residual.data(), m * n);
         }
       }
     }

@@ -114,6 +114,7 @@ TEST(tiles_cover_every_row_once_and_are_even) {
     for (int64_t tile = 0; tile < NumTiles(m); ++tile) {
       const int64_t rows = TileBegin(m, tile + 1) - TileBegin(m, tile);
       CHECK(rows >= m / NumTiles(m) && rows <= kTileTokens);
+      for (int64_t row = TileBegin(m, tile); row < TileBegin(m, tile + 1); ++row) CHECK_EQ(TileOf(m, row), tile);
     }
   }
 }
