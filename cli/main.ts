@@ -15,6 +15,7 @@ import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
 import { synthCommand } from './commands/synth.js';
 import { topCommand } from './commands/top.js';
+import { verifyCommand } from './commands/verify.js';
 import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
 
@@ -33,6 +34,7 @@ const commands = [
   importCommand,
   exportCommand,
   inspectCommand,
+  verifyCommand,
   synthCommand,
   statusCommand,
   topCommand,
