@@ -11,6 +11,7 @@ import { inspectCommand } from './commands/inspect.js';
 import { keyCommand } from './commands/key.js';
 import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
+import { planCommand } from './commands/plan.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
 import { synthCommand } from './commands/synth.js';
@@ -35,6 +36,7 @@ const commands = [
   exportCommand,
   inspectCommand,
   verifyCommand,
+  planCommand,
   synthCommand,
   statusCommand,
   topCommand,
