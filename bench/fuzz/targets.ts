@@ -1,0 +1,194 @@
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { TandemError } from '../../common/errors.js';
+import { packageRoot } from '../../common/package-root.js';
+import { layOutTorchFile, TorchFileWriter, type PlannedTorchTensor } from '../../model/export/write-torch.js';
+import { writeTorchFile } from '../../model/import/fixtures/torch-archive.js';
+import { parsePickle } from '../../model/import/pickle.js';
+import { TorchFile } from '../../model/import/read-torch.js';
+import { readSafetensorsHeader } from '../../model/store/safetensors-header.js';
+import { parseSentencePieceModel } from '../../model/tokenizer/sentencepiece-model.js';
+import { loadTokenizer } from '../../model/tokenizer/tokenizer.js';
+import { mutate, randomIntegers } from './mutate.js';
+
+/** A reader of files from elsewhere. */
+export interface FuzzTarget {
+  readonly name: string;
+  /** In a run of 100 000. */
+  readonly inputs: number;
+  readonly corpus: readonly Uint8Array[];
+  /** Reads everything that the input can make it read. May throw; what else than a {@link TandemError} is a defect. */
+  read(input: Uint8Array): Promise<void>;
+}
+
+/** Opens the targets; they keep files in a folder of their own. */
+export class FuzzTargets {
+  private readonly dir = mkdtempSync(join(tmpdir(), 'tandem-fuzz-'));
+
+  private constructor(readonly all: readonly FuzzTarget[]) {}
+
+  static async open(): Promise<FuzzTargets> {
+    const targets: FuzzTarget[] = [];
+    const opened = new FuzzTargets(targets);
+    const path = join(opened.dir, 'input');
+    const archives = await torchArchives();
+    const pickles = archives.map(({ pickle }) => pickle);
+    const model = smallSentencePieceModel();
+    targets.push(
+      {
+        name: 'pickle',
+        inputs: 45_000,
+        corpus: pickles,
+        read: (input) => Promise.resolve(void parsePickle(input, 'input')),
+      },
+      { name: 'torch file', inputs: 25_000, corpus: archives.map(({ bytes }) => bytes), read: (input) => readTorch(path, input) },
+      {
+        name: 'pickle in an intact torch file',
+        inputs: 15_000,
+        corpus: pickles,
+        read: (input) => {
+          writeTorchFile(path, input, storages);
+          return readTensors(path);
+        },
+      },
+      {
+        name: 'safetensors',
+        inputs: 25_000,
+        corpus: safetensorsFiles(),
+        read: async (input) => {
+          writeFileSync(path, input);
+          await readSafetensorsHeader(path);
+        },
+      },
+      {
+        name: 'SentencePiece',
+        inputs: 25_000,
+        corpus: [model],
+        read: (input) => Promise.resolve(void parseSentencePieceModel(input, 'input')),
+      },
+      {
+        name: 'tokenizer',
+        inputs: 500,
+        corpus: [model],
+        read: async (input) => {
+          writeFileSync(path, input);
+          const { pieces } = parseSentencePieceModel(input, 'input');
+          const tokenizer = await loadTokenizer(path, { file: 'input', imageTokenOffset: 0, numTextPieces: pieces.length });
+          tokenizer.decode(tokenizer.encodePrompt('a text of 3 words, [MASK] 中文'));
+        },
+      },
+    );
+    return opened;
+  }
+
+  close(): void {
+    rmSync(this.dir, { recursive: true });
+  }
+}
+
+/** Input `index` of a target: the same each time. */
+export function inputOf({ name, corpus }: FuzzTarget, seed: number, index: number): Uint8Array {
+  let hash = seed;
+  for (const char of name) hash = Math.imul(hash ^ char.charCodeAt(0), 0x01000193);
+  return mutate(corpus, randomIntegers(Math.imul(hash, 0x9e3779b1) + Math.imul(index, 0x85ebca6b)));
+}
+
+/** @returns whether it was refused @throws what a reader may not throw */
+export async function tryInput(target: FuzzTarget, input: Uint8Array): Promise<boolean> {
+  try {
+    await target.read(input);
+    return false;
+  } catch (error) {
+    if (error instanceof TandemError && !error.message.includes('\n')) return true;
+    throw error;
+  }
+}
+
+async function readTorch(path: string, input: Uint8Array): Promise<void> {
+  writeFileSync(path, input);
+  await readTensors(path);
+}
+
+async function readTensors(path: string): Promise<void> {
+  const file = await TorchFile.open(path);
+  try {
+    for (const tensor of file.tensors.values()) await file.readTensor(tensor);
+  } finally {
+    await file.close();
+  }
+}
+
+const tensors: readonly PlannedTorchTensor[] = [
+  { name: 'transformer.word_embeddings.weight', dtype: 'float16', shape: [6, 4] },
+  { name: 'transformer.layers.0.attention.dense.weight', dtype: 'int8', shape: [4, 2] },
+  { name: 'transformer.layers.0.attention.dense.bias', dtype: 'float32', shape: [4] },
+];
+const contents = [Buffer.alloc(48, 1), Buffer.alloc(8, 2), Buffer.alloc(16, 3)];
+const storages = Object.fromEntries(contents.map((content, key) => [String(key), content]));
+
+interface TorchArchive {
+  readonly bytes: Uint8Array;
+  readonly pickle: Uint8Array;
+}
+
+/** A small file as torch.save writes it, and those that PyTorch wrote. */
+async function torchArchives(): Promise<TorchArchive[]> {
+  const layout = layOutTorchFile('archive', tensors);
+  const pieces: Uint8Array[] = [];
+  const writer = await TorchFileWriter.create({ write: (bytes) => Promise.resolve(void pieces.push(bytes)) }, layout);
+  for (const [i, { name }] of tensors.entries()) await writer.append(name, contents[i]!);
+  await writer.finish();
+  const golden = join(packageRoot, 'test/golden/random/E/checkpoints/tp4-int4/release');
+  const written = readdirSync(golden)
+    .slice(0, 1)
+    .map((name) => readFileSync(join(golden, name)))
+    .map((bytes) => ({ bytes, pickle: pickleOf(bytes) }));
+  return [{ bytes: Buffer.concat(pieces), pickle: layout.pickle }, ...written];
+}
+
+/** data.pkl is the first entry of what PyTorch writes; its sizes follow it. */
+function pickleOf(archive: Buffer): Buffer {
+  const begin = 30 + archive.readUInt16LE(26) + archive.readUInt16LE(28);
+  const descriptor = archive.indexOf('PK\x07\x08', begin, 'latin1');
+  return archive.subarray(begin, descriptor);
+}
+
+function safetensorsFiles(): Uint8Array[] {
+  const file = (header: unknown, dataBytes: number): Buffer => {
+    const json = Buffer.from(JSON.stringify(header));
+    const length = Buffer.alloc(8);
+    length.writeBigUInt64LE(BigInt(json.length));
+    return Buffer.concat([length, json, Buffer.alloc(dataBytes, 7)]);
+  };
+  return [
+    file({ __metadata__: { format: 'tandem-store' }, a: { dtype: 'F16', shape: [3, 4], data_offsets: [0, 24] } }, 24),
+    file(
+      {
+        a: { dtype: 'U8', shape: [2, 2], data_offsets: [0, 4] },
+        b: { dtype: 'F32', shape: [], data_offsets: [4, 8] },
+        c: { dtype: 'I8', shape: [0, 9], data_offsets: [8, 8] },
+      },
+      8,
+    ),
+  ];
+}
+
+/** The tiny model's, with the first of its pieces: a whole one has four thousand. */
+function smallSentencePieceModel(): Uint8Array {
+  const bytes = readFileSync(join(packageRoot, 'model/tiny/tokenizer.model'));
+  const fields: { isPiece: boolean; bytes: Buffer }[] = [];
+  for (let at = 0; at < bytes.length;) {
+    const begin = at;
+    const tag = bytes[at++]!;
+    let length = 0;
+    for (let shift = 0; ; shift += 7) {
+      length += (bytes[at]! & 0x7f) << shift;
+      if (bytes[at++]! < 0x80) break;
+    }
+    at += length;
+    fields.push({ isPiece: tag === 10, bytes: bytes.subarray(begin, at) });
+  }
+  const pieces = fields.filter(({ isPiece }) => isPiece).slice(0, 40);
+  return Buffer.concat([...pieces, ...fields.filter(({ isPiece }) => !isPiece)].map((field) => field.bytes));
+}
