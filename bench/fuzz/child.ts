@@ -2,31 +2,7 @@
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { packageRoot } from '../../common/package-root.js';
-
-export interface InputThreadData {
-  readonly target: string;
-  readonly seed: number;
-  /** Inputs [from, to). */
-  readonly from: number;
-  readonly to: number;
-  /** Two words: the index of the input that is being read, and how many have been begun. */
-  readonly current: SharedArrayBuffer;
-}
-
-export type ThreadMessage =
-  { readonly kind: 'defect'; readonly index: number; readonly what: string } | { readonly kind: 'done'; readonly refused: number };
-
-/** What the parent is told. `stopped`: inputs from `index` on have not been read. */
-export type ChildMessage =
-  | ThreadMessage
-  | { readonly kind: 'peak'; readonly rssBytes: number }
-  | { readonly kind: 'at'; readonly index: number }
-  | { readonly kind: 'stopped'; readonly index: number; readonly what: string };
-
-export interface ChildTask extends Omit<InputThreadData, 'current'> {
-  readonly timeLimitMs: number;
-  readonly rssLimitBytes: number;
-}
+import type { ChildMessage, ChildTask, InputThreadData, ThreadMessage } from './child-task.js';
 
 const watchEveryMs = 20;
 
@@ -50,7 +26,6 @@ process.once('message', (task: ChildTask) => {
     if (count !== seen.count) seen = { count, sinceMs: now };
     const rssBytes = process.memoryUsage.rss();
     peak = Math.max(peak, rssBytes);
-    send({ kind: 'at', index: Atomics.load(at, 0) });
     if (count > 0 && now - seen.sinceMs > task.timeLimitMs) stop(`takes longer than ${task.timeLimitMs} ms`);
     else if (rssBytes > task.rssLimitBytes) stop(`takes the process to ${rssBytes} bytes of memory, the limit is ${task.rssLimitBytes}`);
   }, watchEveryMs);

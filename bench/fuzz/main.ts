@@ -3,11 +3,11 @@
  * a typed error of one line, in bounded time and memory. What is not is printed with its target and index, is written to /tmp and makes the status 1.
  */
 import { fork } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { packageRoot } from '../../common/package-root.js';
-import type { ChildMessage, ChildTask } from './child.js';
+import { currentFileName, type ChildMessage, type ChildTask } from './child-task.js';
 import { FuzzTargets, inputOf, type FuzzTarget } from './targets.js';
 
 const [inputsText = '150000', seedText = '1'] = process.argv.slice(2);
@@ -56,7 +56,7 @@ async function run({ name }: FuzzTarget, inputs: number): Promise<Outcome> {
   const started = performance.now();
   const outcome = { inputs, refused: 0, peakBytes: 0, defects: [] as Defect[] };
   for (let from = 0; from < inputs && outcome.defects.length < 100;) {
-    from = await runFrom({ target: name, seed, from, to: inputs, timeLimitMs, rssLimitBytes }, outcome);
+    from = await runFrom({ target: name, seed, from, to: inputs, dir: targets.dir, timeLimitMs, rssLimitBytes }, outcome);
   }
   return { ...outcome, seconds: (performance.now() - started) / 1000 };
 }
@@ -66,13 +66,11 @@ function runFrom(task: ChildTask, outcome: { refused: number; peakBytes: number;
   return new Promise((resolve, reject) => {
     const child = fork(join(packageRoot, 'dist/bench/fuzz/child.js'), { execArgv: ['--max-old-space-size=512'] });
     let next: number | null = null;
-    let last = task.from;
     child.on('message', (message: ChildMessage) => {
       if (message.kind === 'done') {
         outcome.refused += message.refused;
         next = task.to;
       } else if (message.kind === 'peak') outcome.peakBytes = Math.max(outcome.peakBytes, message.rssBytes);
-      else if (message.kind === 'at') last = message.index;
       else {
         outcome.defects.push({ index: message.index, what: message.what });
         if (message.kind === 'stopped') next = message.index + 1;
@@ -81,8 +79,9 @@ function runFrom(task: ChildTask, outcome: { refused: number; peakBytes: number;
     child.on('error', reject);
     child.on('exit', (code, signal) => {
       if (next !== null) return resolve(next);
-      outcome.defects.push({ index: last, what: `ended the process (status ${code}, signal ${signal}) at this input or soon after it` });
-      resolve(last + 1000);
+      const index = readFileSync(join(task.dir, currentFileName)).readInt32LE();
+      outcome.defects.push({ index, what: `ends the process (status ${code}, signal ${signal})` });
+      resolve(index + 1);
     });
     child.send(task);
   });

@@ -24,13 +24,15 @@ export interface FuzzTarget {
 
 /** Opens the targets; they keep files in a folder of their own. */
 export class FuzzTargets {
-  private readonly dir = mkdtempSync(join(tmpdir(), 'tandem-fuzz-'));
+  private constructor(
+    readonly dir: string,
+    readonly all: readonly FuzzTarget[],
+  ) {}
 
-  private constructor(readonly all: readonly FuzzTarget[]) {}
-
-  static async open(): Promise<FuzzTargets> {
+  /** @param parent where to make the folder: who owns that one cleans up if this process is killed */
+  static async open(parent = tmpdir()): Promise<FuzzTargets> {
     const targets: FuzzTarget[] = [];
-    const opened = new FuzzTargets(targets);
+    const opened = new FuzzTargets(mkdtempSync(join(parent, 'tandem-fuzz-')), targets);
     const path = join(opened.dir, 'input');
     const archives = await torchArchives();
     const pickles = archives.map(({ pickle }) => pickle);
@@ -39,7 +41,7 @@ export class FuzzTargets {
       {
         name: 'pickle',
         inputs: 45_000,
-        corpus: pickles,
+        corpus: [...pickles, pickleOfAllOpcodes()],
         read: (input) => Promise.resolve(void parsePickle(input, 'input')),
       },
       { name: 'torch file', inputs: 25_000, corpus: archives.map(({ bytes }) => bytes), read: (input) => readTorch(path, input) },
@@ -152,6 +154,25 @@ function pickleOf(archive: Buffer): Buffer {
   const begin = 30 + archive.readUInt16LE(26) + archive.readUInt16LE(28);
   const descriptor = archive.indexOf('PK\x07\x08', begin, 'latin1');
   return archive.subarray(begin, descriptor);
+}
+
+/** Every opcode that the reader takes and torch.save does not write. */
+function pickleOfAllOpcodes(): Uint8Array {
+  const parts = [
+    '\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00', // PROTO 4, FRAME
+    '}\x94', // EMPTY_DICT, MEMOIZE
+    '\x8c\x04list](K\x01M\x02\x00J\x03\x00\x00\x00\x8a\x01\x04\x8b\x01\x00\x00\x00\x05es', // APPENDS of numbers, SETITEM
+    '\x8c\x05tuple(N\x88\x89G?\xf0\x00\x00\x00\x00\x00\x00ts', // NONE, NEWTRUE, NEWFALSE, BINFLOAT, TUPLE
+    '\x8c\x05bytesC\x01aB\x02\x00\x00\x00bc\x86s', // SHORT_BINBYTES, BINBYTES, TUPLE2
+    '\x8c\x04longB\x00\x00\x00\x00\x8e\x01\x00\x00\x00\x00\x00\x00\x00d\x86s', // BINBYTES8
+    '\x8c\x04text\x8d\x01\x00\x00\x00\x00\x00\x00\x00eU\x01fT\x01\x00\x00\x00g\x87s', // BINUNICODE8, SHORT_BINSTRING, BINSTRING, TUPLE3
+    '\x8c\x04more(K\x01(K\x02K\x0312l(K\x04K\x05d0s', // MARK, POP_MARK, DUP, LIST, DICT, POP
+    '\x8c\x06append]K\x01as', // APPEND
+    '\x8c\x04memo]q\x07r\x08\x00\x00\x00h\x07j\x08\x00\x00\x00\x87s', // BINPUT, LONG_BINPUT, BINGET, LONG_BINGET
+    '\x8c\x02od\x8c\x0bcollections\x8c\x0bOrderedDict\x93)R}bs', // STACK_GLOBAL, EMPTY_TUPLE, REDUCE, BUILD
+    '\x85.', // TUPLE1, STOP
+  ];
+  return Buffer.concat(parts.map((part) => Buffer.from(part, 'latin1')));
 }
 
 function safetensorsFiles(): Uint8Array[] {
