@@ -71,7 +71,7 @@ export class FuzzTargets {
       },
       {
         name: 'tokenizer',
-        inputs: 500,
+        inputs: 2_000,
         corpus: [model],
         read: async (input) => {
           writeFileSync(path, input);
