@@ -13,6 +13,7 @@ test.each([
   { name: 'pickle', inputs: 1000 },
   { name: 'torch file', inputs: 500 },
   { name: 'pickle in an intact torch file', inputs: 300 },
+  { name: 'tar', inputs: 300 },
   { name: 'safetensors', inputs: 500 },
   { name: 'SentencePiece', inputs: 500 },
   { name: 'tokenizer', inputs: 10 },
@@ -24,7 +25,7 @@ test.each([
 });
 
 test('every target is tested above, and reads its corpus as it is', async () => {
-  expect(targets.all.length).toBe(6);
+  expect(targets.all.length).toBe(7);
   for (const target of targets.all) {
     for (const input of target.corpus)
       if (target.name !== 'pickle in an intact torch file') expect(await tryInput(target, input), target.name).toBe(false);

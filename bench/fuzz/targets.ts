@@ -1,4 +1,5 @@
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { TandemError } from '../../common/errors.js';
@@ -7,7 +8,10 @@ import { layOutTorchFile, TorchFileWriter, type PlannedTorchTensor } from '../..
 import { writeTorchFile } from '../../model/import/fixtures/torch-archive.js';
 import { parsePickle } from '../../model/import/pickle.js';
 import { TorchFile } from '../../model/import/read-torch.js';
+import { SatCheckpoint } from '../../model/import/sat-checkpoint.js';
+import { glm130b } from '../../model/model-config.js';
 import { readSafetensorsHeader } from '../../model/store/safetensors-header.js';
+import { writeSyntheticSat } from '../../model/synth/write-synthetic.js';
 import { parseSentencePieceModel } from '../../model/tokenizer/sentencepiece-model.js';
 import { loadTokenizer } from '../../model/tokenizer/tokenizer.js';
 import { mutate, randomIntegers } from './mutate.js';
@@ -52,6 +56,20 @@ export class FuzzTargets {
         read: (input) => {
           writeTorchFile(path, input, storages);
           return readTensors(path);
+        },
+      },
+      {
+        name: 'tar',
+        inputs: 25_000,
+        corpus: await tarArchives(opened.dir),
+        read: async (input) => {
+          writeFileSync(path, input);
+          const checkpoint = await SatCheckpoint.open(path);
+          try {
+            for (const file of checkpoint.ranks) for (const tensor of file.tensors.values()) await file.readTensor(tensor);
+          } finally {
+            await checkpoint.close();
+          }
         },
       },
       {
@@ -193,6 +211,20 @@ function safetensorsFiles(): Uint8Array[] {
       8,
     ),
   ];
+}
+
+/** Of a small checkpoint: as `tandem synth` writes it, and as tar does with long names and pax records. */
+async function tarArchives(dir: string): Promise<Uint8Array[]> {
+  const to = join(dir, 'tar');
+  const config = { ...glm130b, numLayers: 1, hiddenSize: 8, numAttentionHeads: 2, innerHiddenSize: 8, vocabSize: 16 };
+  await writeSyntheticSat({ config, seed: '0', bits: 4, ranks: 2, to }, 1);
+  const plain = readFileSync(join(to, 'glm-130b-sat.tar.part_00'));
+  const unpacked = join(dir, 'unpacked', 'a-folder-with-a-long-name'.repeat(5));
+  mkdirSync(unpacked, { recursive: true });
+  execFileSync('tar', ['xf', '-', '-C', unpacked], { input: plain });
+  const repacked = (format: string): Uint8Array =>
+    execFileSync('tar', [`--format=${format}`, '-cf', '-', '-C', join(dir, 'unpacked'), '.'], { maxBuffer: 2 ** 24 });
+  return [plain, repacked('pax'), repacked('gnu')];
 }
 
 /** The tiny model's, with the first of its pieces: a whole one has four thousand. */

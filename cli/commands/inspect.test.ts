@@ -7,6 +7,7 @@ import { packageRoot } from '../../common/package-root.js';
 import { goldenModel } from '../../model/import/fixtures/golden-checkpoints.js';
 import { importCheckpoint } from '../../model/import/import-checkpoint.js';
 import { openStore } from '../../model/store/open-store.js';
+import { writeSyntheticSat } from '../../model/synth/write-synthetic.js';
 import { inspectCommand } from './inspect.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'cli-inspect-'));
@@ -71,9 +72,18 @@ test.each([
 ])('a SAT checkpoint: $layout', async ({ layout, weights, ranks }) => {
   const dir = goldenModel('E').layout(layout).dir!;
   const shown = await inspect(dir, '--tensors');
-  expect(shown).toContain(`checkpoint    ${dir} (SAT), iteration release`);
+  expect(shown).toContain(`checkpoint    ${dir} (SAT)`);
   expect(shown).toContain(`ranks         ${ranks}\n`);
   expect(shown).toContain(`weights       ${weights}\n`);
   expect(shown).toMatch(/^transformer\.word_embeddings\.weight +float16/m);
   expect((JSON.parse(await inspect(dir, '--json')) as { ranks: unknown[] }).ranks.length).toBe(ranks);
+});
+
+test('an archive in parts, by their pattern', async () => {
+  const dir = join(scratch, 'parts');
+  await writeSyntheticSat({ config: goldenModel('E').config, seed: '0', bits: 4, ranks: 2, to: dir }, 5);
+  const shown = await inspect(join(dir, 'glm-130b-sat.tar.part_*'));
+  expect(shown).toContain('files         5\n');
+  expect(shown).toContain('ranks         2\n');
+  expect(shown).toContain('weights       INT4\n');
 });

@@ -1,5 +1,5 @@
 import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { CommandModule } from 'yargs';
 import { SatCheckpoint } from '../../model/import/sat-checkpoint.js';
 import { modelConfigToJson, possibleWorldSizes } from '../../model/model-config.js';
@@ -18,11 +18,16 @@ export const inspectCommand: CommandModule<unknown, InspectArgs> = {
   describe: 'Show what a model store or a SAT checkpoint holds, without reading its data',
   builder: (yargs) =>
     yargs
-      .positional('folder', { type: 'string', demandOption: true, describe: 'Folder of the store, or the one with the file "latest"' })
+      .positional('folder', {
+        type: 'string',
+        demandOption: true,
+        describe: 'Folder of the store, or the one with the file "latest"; or parts of its archive',
+      })
       .option('json', { type: 'boolean', default: false, describe: 'Print JSON, with every tensor' })
       .option('tensors', { type: 'boolean', default: false, describe: 'List every tensor' }),
   async handler({ folder, json, tensors }) {
-    const isCheckpoint = existsSync(join(folder, 'latest'));
+    const isArchive = /\.tar\b|[*?]/.test(basename(folder));
+    const isCheckpoint = isArchive || existsSync(join(folder, 'latest'));
     const text = isCheckpoint ? await inspectCheckpoint(folder, { json, tensors }) : await inspectStore(folder, { json, tensors });
     process.stdout.write(`${text}\n`);
   },
@@ -106,18 +111,25 @@ async function inspectCheckpoint(dir: string, { json, tensors: listed }: Shown):
         return { name, dtype, shape, bytes: shape.reduce((product, count) => product * count, itemBytes) };
       }),
     }));
-    if (json) return toJson({ dir: checkpoint.dir, iteration: checkpoint.iteration, ranks });
+    if (json) return toJson({ checkpoint: checkpoint.label, files: checkpoint.files, ranks });
     const first = ranks[0]!.tensors;
     const numLayers = first.filter(({ name }) => /^transformer\.layers\.\d+\.input_layernorm\.weight$/.test(name)).length;
     const lines = [
-      `checkpoint    ${checkpoint.dir} (SAT), iteration ${checkpoint.iteration}`,
+      `checkpoint    ${checkpoint.label} (SAT)`,
+      `files         ${checkpoint.files.length}`,
       `ranks         ${ranks.length}`,
       `layers        ${numLayers}`,
       `weights       ${describePrecision(first)}`,
       '',
       formatTable(
-        ['file', 'tensors', 'bytes', 'size'],
-        ranks.map(({ path, tensors }) => [path, String(tensors.length), String(totalBytes(tensors)), formatBytes(totalBytes(tensors))]),
+        ['rank', 'tensors', 'bytes', 'size', 'file'],
+        ranks.map(({ path, tensors }, rank) => [
+          String(rank),
+          String(tensors.length),
+          String(totalBytes(tensors)),
+          formatBytes(totalBytes(tensors)),
+          path,
+        ]),
       ),
     ];
     if (listed) {

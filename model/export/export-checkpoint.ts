@@ -1,7 +1,8 @@
 import { copyFile, mkdir, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { CheckpointError, ConfigError } from '../../common/errors.js';
-import { quantizeRows, type QuantizedBits } from '../import/quantize.js';
+import { loadImportKernels, type ImportKernels } from '../import/import-kernels.js';
+import type { QuantizedBits } from '../import/quantize.js';
 import { splitColumns, unsplitRowOrder } from '../import/split.js';
 import { modelConfigToJson, type ModelConfig } from '../model-config.js';
 import { glmTensors, quantizedNames, type GlmTensor } from '../store/glm-tensors.js';
@@ -11,7 +12,7 @@ import { openStore, type Store, type StoreTensor } from '../store/open-store.js'
 import { configFileName } from '../store/store-format.js';
 import { FileSink } from './byte-sink.js';
 import { rankFileName, rankFileRoot, rotaryFrequencies, satTensors, type SatTensor, type SatWeights } from './sat-tensors.js';
-import { layOutTorchFile, plannedBytes, TorchFileWriter } from './write-torch.js';
+import { layOutTorchFile, plannedBytes, TorchFileWriter, type TorchLayout } from './write-torch.js';
 
 export interface ExportOptions {
   /** Folder of the store. */
@@ -63,17 +64,21 @@ export async function exportCheckpoint(options: ExportOptions): Promise<ExportRe
 
   const folder = await NewFolder.create(options.to);
   const files = new StoreFiles();
+  const kernels = loadImportKernels();
   const outputs: RankOutput[] = [];
   try {
     await mkdir(join(folder.path, iteration));
     for (let rank = 0; rank < ranks; rank++) {
-      outputs.push(await RankOutput.create(join(folder.path, iteration, rankFileName(rank)), rank, tensors));
+      outputs.push(
+        await RankOutput.create(join(folder.path, iteration, rankFileName(rank)), layOutTorchFile(rankFileRoot(rank), tensors), kernels),
+      );
     }
     let bytes = 0;
     for await (const piece of rankPieces({
       config: store.config,
       found,
       files,
+      kernels,
       tensors,
       ranks,
       quantize: present === null ? bits : null,
@@ -150,6 +155,7 @@ interface Source {
   readonly config: ModelConfig;
   readonly found: ReadonlyMap<string, StoreTensor>;
   readonly files: StoreFiles;
+  readonly kernels: ImportKernels;
   readonly tensors: readonly SatTensor[];
   readonly ranks: number;
   /** Null: nothing is quantised on the way. */
@@ -157,7 +163,7 @@ interface Source {
 }
 
 /** Everything that the rank files hold, for each file in its order. */
-async function* rankPieces({ config, found, files, tensors, ranks, quantize }: Source): AsyncGenerator<RankPiece> {
+async function* rankPieces({ config, found, files, kernels, tensors, ranks, quantize }: Source): AsyncGenerator<RankPiece> {
   /** Of the weight that has just been quantised, by rank; they follow it. */
   let newScales: Uint8Array[][] = [];
   for (const tensor of tensors) {
@@ -175,9 +181,12 @@ async function* rankPieces({ config, found, files, tensors, ranks, quantize }: S
       const { split, shape } = tensor.source;
       const columns = shape[1]! / (split === 'columns' ? ranks : 1);
       for await (const { rank, bytes } of splitRows(files, storedTensor(found, tensor), { split, ranks })) {
-        const rows = quantizeRows(asUint16(bytes), columns, { groups: 1, bits: quantize, name });
-        newScales[rank]!.push(asBytes(rows.scales));
-        yield { rank, name, bytes: rows.qweight };
+        const weights = asUint16(bytes);
+        const qweight = new Uint8Array((weights.length * quantize) / 8);
+        const scales = new Uint16Array(weights.length / columns);
+        kernels.quantizeRows(weights, columns, { groups: 1, bits: quantize, name }, { qweight, scales });
+        newScales[rank]!.push(asBytes(scales));
+        yield { rank, name, bytes: qweight };
       }
     }
   }
@@ -224,9 +233,9 @@ class RankOutput {
     readonly writer: TorchFileWriter,
   ) {}
 
-  static async create(path: string, rank: number, tensors: readonly SatTensor[]): Promise<RankOutput> {
+  static async create(path: string, layout: TorchLayout, { crc32 }: ImportKernels): Promise<RankOutput> {
     const sink = await FileSink.create(path);
-    return new RankOutput(sink, await TorchFileWriter.create(sink, layOutTorchFile(rankFileRoot(rank), tensors)));
+    return new RankOutput(sink, await TorchFileWriter.create(sink, layout, crc32));
   }
 
   async finish(): Promise<void> {

@@ -1,5 +1,6 @@
-import { crc32 } from 'node:zlib';
+import { crc32 as zlibCrc32 } from 'node:zlib';
 import type { TorchDtype } from '../import/read-torch.js';
+import type { Crc32 } from '../import/tensor-reader.js';
 import type { ByteSink } from './byte-sink.js';
 
 /** A dense tensor that a file is going to hold. */
@@ -73,10 +74,11 @@ export class TorchFileWriter {
   private constructor(
     private readonly sink: ByteSink,
     private readonly layout: TorchLayout,
+    private readonly crc32: Crc32,
   ) {}
 
-  static async create(sink: ByteSink, layout: TorchLayout): Promise<TorchFileWriter> {
-    const writer = new TorchFileWriter(sink, layout);
+  static async create(sink: ByteSink, layout: TorchLayout, crc32: Crc32 = zlibCrc32): Promise<TorchFileWriter> {
+    const writer = new TorchFileWriter(sink, layout, crc32);
     await writer.writeEntry(layout.pickle);
     return writer;
   }
@@ -91,7 +93,7 @@ export class TorchFileWriter {
     }
     if (bytes.length > this.current.bytesLeft) throw new Error(`tensor ${name} gets more bytes than its shape has`);
     await this.sink.write(bytes);
-    this.current.crc = crc32(bytes, this.current.crc);
+    this.current.crc = this.crc32(bytes, this.current.crc);
     this.current.bytesLeft -= bytes.length;
     if (this.current.bytesLeft > 0) return;
     await this.endEntry(this.current.crc);
@@ -112,7 +114,7 @@ export class TorchFileWriter {
   private async writeEntry(content: Buffer): Promise<void> {
     await this.sink.write(localHeader(this.entry()));
     await this.sink.write(content);
-    await this.endEntry(crc32(content));
+    await this.endEntry(zlibCrc32(content));
   }
 
   private async endEntry(crc: number): Promise<void> {

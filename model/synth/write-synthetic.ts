@@ -3,6 +3,7 @@ import { join } from 'node:path';
 import { FileSink, type ByteSink } from '../export/byte-sink.js';
 import { rankFileName, rankFileRoot, rotaryFrequencies, satTensors, type SatTensor, type SatWeights } from '../export/sat-tensors.js';
 import { layOutTorchFile, plannedBytes, TorchFileWriter } from '../export/write-torch.js';
+import { loadImportKernels } from '../import/import-kernels.js';
 import type { QuantizedBits } from '../import/quantize.js';
 import { localShare, modelConfigToJson, type ModelConfig } from '../model-config.js';
 import { glmTensors, quantizedNames, type GlmTensor } from '../store/glm-tensors.js';
@@ -54,12 +55,13 @@ export async function writeSyntheticSat(options: SynthOptions, archiveParts: num
   const progress = progressOf(options, ranks * tensors.reduce((sum, tensor) => sum + plannedBytes(tensor), 0));
   const rankFiles = Array.from({ length: ranks }, (_, rank) => ({ rank, layout: layOutTorchFile(rankFileRoot(rank), tensors) }));
   const shards = shardSource(options, tensors);
+  const { crc32 } = loadImportKernels();
   const folder = await NewFolder.create(options.to);
   try {
     const { format: _, format_version: __, ...json } = { ...modelConfigToJson(config), tokenizer: null } as Record<string, unknown>;
     await writeFile(join(folder.path, configFileName), `${JSON.stringify(json, null, 2)}\n`, { flag: 'wx', flush: true });
     const writeRank = async (sink: ByteSink, { rank, layout }: (typeof rankFiles)[number]): Promise<void> => {
-      const file = await TorchFileWriter.create(sink, layout);
+      const file = await TorchFileWriter.create(sink, layout, crc32);
       for (const { name, bytes } of shards(rank)) {
         await file.append(name, bytes);
         progress(bytes.length);
