@@ -69,15 +69,12 @@ export class ImportProgressView {
 export function progressBar(progress: ImportProgress, rates: Rates, width: number): string {
   const { phase, bytes, totalBytes, tensors, totalTensors } = progress;
   const share = totalBytes === 0 ? 1 : bytes / totalBytes;
-  const figures = [
-    `${Math.floor(share * 100)
-      .toString()
-      .padStart(3)} %`,
-    `${formatBytes(bytes)} of ${formatBytes(totalBytes)}`,
-    ...describeRates(rates),
-    `${tensors}/${totalTensors} tensors`,
-  ].join('  ');
-  const room = Math.min(30, width - phase.length - figures.length - 5);
+  const percent = `${Math.floor(share * 100)}`.padStart(3);
+  const most = [`${percent} %`, `${formatBytes(bytes)} of ${formatBytes(totalBytes)}`, ...describeRates(rates)];
+  const all = [...most, `${tensors}/${totalTensors} tensors`];
+  const roomBeside = (texts: readonly string[]): number => Math.min(30, width - phase.length - texts.join('  ').length - 4);
+  const figures = (roomBeside(all) < 10 && roomBeside(most) >= 5 ? most : all).join('  ');
+  const room = roomBeside([figures]);
   const filled = Math.floor(share * room);
   const bar = room < 5 ? '' : `[${'#'.repeat(filled)}${'.'.repeat(room - filled)}] `;
   return truncate(`${phase} ${bar}${figures}`, width);

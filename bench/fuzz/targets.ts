@@ -1,5 +1,5 @@
 import { execFileSync } from 'node:child_process';
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { TandemError } from '../../common/errors.js';
@@ -33,8 +33,8 @@ export class FuzzTargets {
     readonly all: readonly FuzzTarget[],
   ) {}
 
-  /** @param parent where to make the folder: who owns that one cleans up if this process is killed */
-  static async open(parent = tmpdir()): Promise<FuzzTargets> {
+  /** @param parent where to make the folder: who owns that one cleans up if this process is killed. Files in memory are as good, and faster */
+  static async open(parent = existsSync('/dev/shm') ? '/dev/shm' : tmpdir()): Promise<FuzzTargets> {
     const targets: FuzzTarget[] = [];
     const opened = new FuzzTargets(mkdtempSync(join(parent, 'tandem-fuzz-')), targets);
     const path = join(opened.dir, 'input');

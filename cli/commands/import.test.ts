@@ -47,6 +47,18 @@ test.each([
     error: Error,
     message: 'Choices: "int8", "int4"',
   },
+  {
+    name: 'a limit without a unit that there is',
+    args: [...fromTiny, '--to', join(scratch, 'x'), '--memory-limit', '4 gigs'],
+    error: Error,
+    message: '--memory-limit 4 gigs: a size is needed, such as 1.5GiB or 800MiB',
+  },
+  {
+    name: 'too little memory',
+    args: [...fromTiny, '--to', join(scratch, 'x'), '--memory-limit', '64MiB'],
+    error: ConfigError,
+    message: 'a memory limit of 64.0 MiB is too low',
+  },
   { name: 'no target', args: fromTiny, error: Error, message: 'Missing required argument: to' },
 ])('$name is an error of one thing', async ({ args, error, message }) => {
   const failure: unknown = await run('import', ...args).then(
@@ -55,7 +67,17 @@ test.each([
   );
   expect(failure).toBeInstanceOf(error);
   expect((failure as Error).message).toContain(message);
-  expect(readdirSync(scratch).filter((name) => name === 'x' || name.includes('.partial-'))).toEqual([]);
+  expect(readdirSync(scratch).filter((name) => name === 'x' || name.includes('.partial'))).toEqual([]);
+});
+
+test('--dry-run prints the plan and writes nothing', async () => {
+  const { stdout } = await run('import', ...fromTiny, '--to', join(scratch, 'x'), '--quantize', 'int8', '--dry-run');
+  expect(stdout).toMatch(/^transformer\.layers\.5\.mlp\.dense_4h_to_h\.qweight +I8 +256 x 768 +196608$/m);
+  expect(stdout).toMatch(/^from {4}\S+mp_rank_00_model_states\.pt and 1 more files: 2 ranks, [\d.]+ MiB to read$/m);
+  expect(stdout).toMatch(/^to {6}\S+: 99 tensors, \d+ bytes \([\d.]+ MiB\)$/m);
+  expect(stdout).toMatch(/^disk {4}[\d.]+ MiB needed, .* free$/m);
+  expect(stdout).toMatch(/^memory {2}about \d+ MiB, one thread$/m);
+  expect(readdirSync(scratch).filter((name) => name.includes('x'))).toEqual([]);
 });
 
 /** Runs one command as the main program does, and gives back what it printed. */

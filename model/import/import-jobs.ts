@@ -55,13 +55,17 @@ export function chooseWorkers(options: { memoryLimit: number; threads: number | 
   const room = options.memoryLimit - processBytes;
   if (room < perThread(smallest)) {
     throw new ConfigError(
-      `a memory limit of ${options.memoryLimit} bytes is too low: one row of this model at a time needs ${processBytes + perThread(smallest)}`,
+      `a memory limit of ${mebibytes(options.memoryLimit)} is too low: a single thread for this model needs ${mebibytes(processBytes + perThread(smallest))}`,
     );
   }
   const usual = Math.max(smallest, usualPieceBytes);
   const pieceBytes = room >= Math.max(1, wanted) * perThread(usual) ? usual : smallest;
   const threads = Math.min(wanted, Math.floor(room / perThread(pieceBytes)));
   return { threads, pieceBytes, memoryBytes: processBytes + Math.max(1, threads) * perThread(pieceBytes) };
+}
+
+function mebibytes(bytes: number): string {
+  return `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 }
 
 /**

@@ -15,12 +15,12 @@ export interface ImportKernels {
 /** Native where the addon is built: the same bits, many times as fast. */
 export function loadImportKernels(): ImportKernels {
   try {
-    const { crc32: nativeCrc32, quantizeWeights } = loadAddon();
+    const addon = loadAddon();
     return {
       isNative: true,
-      crc32: nativeCrc32,
+      crc32: (bytes, previous) => addon.crc32(bytes, previous),
       quantizeRows(weights, columns, { groups, bits, name, firstRow = 0 }, { qweight, scales }) {
-        const row = quantizeWeights({ weights, columns, groups, bits, qweight, scales });
+        const row = addon.quantizeWeights({ weights, columns, groups, bits, qweight, scales });
         if (row >= 0) throw notFinite(name, firstRow + row);
       },
     };

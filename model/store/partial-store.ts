@@ -143,7 +143,10 @@ export class PartialStore {
     for (const { handle } of this.files) await handle.close();
     await this.journal.close();
     const isWorthKeeping = this.done > 0 || this.recorded.size > 0;
-    if (!isWorthKeeping || !existsSync(join(this.folder, dataFolder))) await rm(this.folder, { recursive: true, force: true });
+    if (!isWorthKeeping || !existsSync(join(this.folder, dataFolder))) {
+      await rm(join(this.folder, journalFile)); // before import.json, by which a committed store is known
+      await rm(this.folder, { recursive: true, force: true });
+    }
     await release(this.lock);
   }
 
