@@ -4,6 +4,7 @@ import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/addres
 import { ConfigError } from '../common/errors.js';
 import { cpusOfRank, formatCpuList } from '../common/cpu-list.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
+import { kvBlockSize } from '../model/kv-blocks.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
@@ -85,7 +86,6 @@ export interface RunningServer {
 }
 
 export const DEFAULT_STEP_TOKENS = 256;
-const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
 const HEARTBEAT_MS = 1000;
@@ -122,10 +122,10 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     modelPath: store.dir,
     threads: options.threads,
     engine: options.engine,
-    kvBlockSize: KV_BLOCK_SIZE,
+    kvBlockSize,
     kvBlocks: (totalMemoryBytes) =>
       options.kvBlocks ??
-      kvBlocksFor({ config, share, blockSize: KV_BLOCK_SIZE, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
+      kvBlocksFor({ config, share, blockSize: kvBlockSize, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
     maxBatchTokens,
     collectiveTimeoutMs: options.stepTimeoutMs,
     stepTimeoutMs: options.stepTimeoutMs,
@@ -179,7 +179,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     config,
     modelName,
     tokenizer,
-    blockSize: KV_BLOCK_SIZE,
+    blockSize: kvBlockSize,
     limits: options.limits,
     loop: () => loop,
     health,

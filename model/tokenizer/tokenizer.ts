@@ -210,19 +210,33 @@ async function readModelFile(path: string): Promise<Uint8Array> {
   }
 }
 
-/** The package loads files only, so the extended model goes into the file system of its WebAssembly instance. */
+/**
+ * The package loads files only, so the extended model goes into the file system of its WebAssembly instance.
+ * @throws CheckpointError the C++ code does not take the model; its exceptions arrive as numbers
+ */
 async function loadEncoder(path: string, extended: Uint8Array): Promise<SentencePieceProcessor> {
   const encoder = new SentencePieceProcessor();
-  await encoder.load(path);
+  let message: string;
+  try {
+    await encoder.load(path);
+    message = loadFromMemory(encoder, extended);
+  } catch (error) {
+    message = error instanceof Error ? error.message : `SentencePiece threw ${String(error)}`;
+  }
+  if (message !== 'OK') throw new CheckpointError(`${basename(path)} could not be loaded, it is damaged: ${message}`);
+  return encoder;
+}
+
+/** @returns `OK`, or what is wrong */
+function loadFromMemory(encoder: SentencePieceProcessor, model: Uint8Array): string {
   const { FS, StringView } = encoder.sentencepiece;
   const file = 'extended.model';
-  FS.writeFile(file, extended);
+  FS.writeFile(file, model);
   const name = new StringView(file);
   const view = name.getView();
   const status = encoder.processor.Load(view);
   const message = status.ToString();
   for (const handle of [status, view, name]) handle.delete();
   FS.unlink(file);
-  if (message !== 'OK') throw new CheckpointError(`${basename(path)} could not be loaded: ${message}`);
-  return encoder;
+  return message;
 }

@@ -18,10 +18,26 @@ export interface NativeAddon {
   createEngine(options: NativeEngineOptions): Promise<NativeEngine>;
   /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
+  /** CRC-32 of zip archives, as `zlib.crc32`, several times as fast: of what `previous` is of, followed by `bytes`. Throws EngineError. */
+  crc32(bytes: Uint8Array, previous: number): number;
+  /** Quantises fp16 weights as model/import/quantize.ts says. Throws EngineError. */
+  quantizeWeights(options: NativeQuantizeOptions): number;
   /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
   /** Products of INT4 weights with int8 activations per second that `threads` threads make in registers with the instructions of `isa`. */
   measureProductPeak(options: { isa: NativeIsa; threads: number }): Promise<number>;
+}
+
+export interface NativeQuantizeOptions {
+  /** fp16 [rows, columns]. */
+  readonly weights: Uint16Array;
+  readonly columns: number;
+  readonly groups: number;
+  readonly bits: 8 | 4;
+  /** Written: a byte for each weight, or for two. */
+  readonly qweight: Uint8Array;
+  /** Written: fp16 [rows, groups]. The call returns the first row with an infinite or NaN weight, at which it ended, or -1. */
+  readonly scales: Uint16Array;
 }
 
 export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
@@ -132,13 +148,9 @@ export function loadAddon(): NativeAddon {
   return {
     build: raw.build,
     createEngine: async (options) => wrapEngine(await raw.createEngine(options).catch(rethrow(creationError))),
-    distribution: (logits, params) => {
-      try {
-        return raw.distribution(logits, params);
-      } catch (error) {
-        throw stepError(error);
-      }
-    },
+    distribution: (logits, params) => throwing(() => raw.distribution(logits, params)),
+    crc32: (bytes, previous) => throwing(() => raw.crc32(bytes, previous)),
+    quantizeWeights: (options) => throwing(() => raw.quantizeWeights(options)),
     measureReadBandwidth: (options) => raw.measureReadBandwidth(options).catch(rethrow(creationError)),
     measureProductPeak: (options) => raw.measureProductPeak(options).catch(rethrow(creationError)),
   };
@@ -157,6 +169,14 @@ function wrapEngine(raw: NativeEngine): NativeEngine {
 /** The code of the native error behind what {@link NativeEngine} rejects with; null for any other error. */
 export function nativeErrorCode(error: unknown): NativeErrorCode | null {
   return error instanceof TandemError ? codeOf(error.cause) : null;
+}
+
+function throwing<Result>(call: () => Result): Result {
+  try {
+    return call();
+  } catch (error) {
+    throw stepError(error);
+  }
 }
 
 function rethrow(convert: (error: unknown) => TandemError): (error: unknown) => never {

@@ -91,6 +91,16 @@ Napi::Float32Array Field::Float32s() const {
   return value_.As<Napi::Float32Array>();
 }
 
+Napi::Uint8Array Field::Uint8s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) Fail("a Uint8Array");
+  return value_.As<Napi::Uint8Array>();
+}
+
+Napi::Uint16Array Field::Uint16s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint16_array) Fail("a Uint16Array");
+  return value_.As<Napi::Uint16Array>();
+}
+
 void Field::Fail(const std::string& expected) const {
   std::string seen = "is not ";
   if (value_.IsUndefined()) seen = "is missing, expected ";

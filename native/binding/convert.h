@@ -28,6 +28,8 @@ class Field {
   // Index into `names`.
   size_t OneOf(const std::vector<std::string>& names) const;
   Napi::Float32Array Float32s() const;
+  Napi::Uint8Array Uint8s() const;
+  Napi::Uint16Array Uint16s() const;
   [[noreturn]] void Fail(const std::string& expected) const;
 
  private:

@@ -6,6 +6,7 @@ import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { CheckpointError, ConfigError, EngineError } from '../../common/errors.js';
 import { decodeResultBody, encodeStepBody, type StepExtend, type StepWant } from '../../common/step-codec.js';
+import { kvBlockBytes } from '../../model/kv-blocks.js';
 import {
   loadAddon,
   nativeErrorCode,
@@ -717,7 +718,7 @@ describe('life', () => {
 
   test('steps resolve in order, memory is reported, dispose waits and may be called twice', async () => {
     const engine = await native.createEngine(engineOptions({}, 0, ''));
-    expect(engine.memory.kvBytes).toBe(2 * 3 * 200 * blockSize * 48 * 4);
+    expect(engine.memory.kvBytes).toBe(200 * kvBlockBytes({ config: smallConfig, share: { localHeads: smallConfig.numAttentionHeads }, blockSize, dtype: 'fp32' }));
     expect(engine.memory.weightBytes).toBeGreaterThan(132 * 48 * 4);
     expect(engine.memory.workspaceBytes).toBeGreaterThan(0);
     const order: number[] = [];
