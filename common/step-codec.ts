@@ -328,7 +328,9 @@ class Writer {
   }
 
   finish(): Uint8Array {
-    return new Uint8Array(scratch.buffer.slice(0, this.at * 4));
+    const bytes = Buffer.allocUnsafeSlow(this.at * 4);
+    bytes.set(new Uint8Array(scratch.buffer, 0, bytes.length));
+    return bytes;
   }
 
   private grow(words: number): void {
@@ -356,7 +358,7 @@ class Reader {
   ) {
     if (bytes.byteLength % 4 !== 0) throw new EngineError(`a ${what} body of ${bytes.byteLength} bytes, which are no whole words`);
     // A message's bytes lie anywhere in a larger buffer, words have to be aligned.
-    const aligned = bytes.byteOffset % 4 === 0 ? bytes : Uint8Array.from(bytes);
+    const aligned = bytes.byteOffset % 4 === 0 ? bytes : new Uint8Array(bytes);
     this.buffer = new Uint32Array(aligned.buffer, aligned.byteOffset, aligned.byteLength / 4);
     this.asFloats = new Float32Array(this.buffer.buffer, this.buffer.byteOffset, this.buffer.length);
   }
