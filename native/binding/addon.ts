@@ -14,8 +14,10 @@ export interface NativeAddon {
   /**
    * Meets the other ranks and loads this rank's shard, on the engine's own thread. Rejects with CheckpointError (a tensor),
    * ConfigError (an option, or too little memory) or EngineError.
+   *
+   * @param onStart gets a function that says how far loading is, at any time
    */
-  createEngine(options: NativeEngineOptions): Promise<NativeEngine>;
+  createEngine(options: NativeEngineOptions, onStart?: (progress: () => LoadProgress) => void): Promise<NativeEngine>;
   /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
   /** CRC-32 of zip archives, as `zlib.crc32`, several times as fast: of what `previous` is of, followed by `bytes`. Throws EngineError. */
@@ -96,6 +98,12 @@ export interface NativeTensor {
   readonly shape: readonly number[];
 }
 
+/** Of the weight matrices that a rank reads; `totalBytes` is 0 until the ranks have met. */
+export interface LoadProgress {
+  readonly doneBytes: number;
+  readonly totalBytes: number;
+}
+
 /** One rank of a loaded model. Steps run in the order of the calls, on the engine's own thread; the event loop is never blocked. */
 export interface NativeEngine {
   /**
@@ -147,7 +155,11 @@ export function loadAddon(): NativeAddon {
   }
   return {
     build: raw.build,
-    createEngine: async (options) => wrapEngine(await raw.createEngine(options).catch(rethrow(creationError))),
+    createEngine: async (options, onStart) => {
+      const loading = raw.createEngine(options) as Promise<NativeEngine> & { progress?: () => LoadProgress }; // none where the options are refused
+      if (loading.progress) onStart?.(loading.progress);
+      return wrapEngine(await loading.catch(rethrow(creationError)));
+    },
     distribution: (logits, params) => throwing(() => raw.distribution(logits, params)),
     crc32: (bytes, previous) => throwing(() => raw.crc32(bytes, previous)),
     quantizeWeights: (options) => throwing(() => raw.quantizeWeights(options)),

@@ -182,6 +182,13 @@ Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result) {
   return object;
 }
 
+Napi::Value ProgressToJs(Napi::Env env, const LoadProgress& progress) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("doneBytes", Napi::Number::New(env, static_cast<double>(progress.done_bytes.load())));
+  object.Set("totalBytes", Napi::Number::New(env, static_cast<double>(progress.total_bytes.load())));
+  return object;
+}
+
 Napi::Value MemoryToJs(Napi::Env env, const EngineMemory& memory) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("weightBytes", Napi::Number::New(env, static_cast<double>(memory.weight_bytes)));

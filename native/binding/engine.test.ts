@@ -10,6 +10,7 @@ import { kvBlockBytes } from '../../model/kv-blocks.js';
 import {
   loadAddon,
   nativeErrorCode,
+  type LoadProgress,
   type NativeEngine,
   type NativeIsa,
   type NativeEngineOptions,
@@ -730,6 +731,17 @@ describe('life', () => {
     await engine.dispose();
     engine.abort();
     await expect(engine.step(1, body)).rejects.toThrow('the engine was disposed of');
+  });
+
+  test('loading says how far it is', async () => {
+    let progress = (): LoadProgress => ({ doneBytes: -1, totalBytes: -1 });
+    const loading = native.createEngine(engineOptions({ format: 'int8', activations: 'int8' }, 0, ''), (of) => (progress = of));
+    expect(progress().doneBytes).toBeGreaterThanOrEqual(0);
+    const engine = await loading;
+    const { doneBytes, totalBytes } = progress();
+    expect(totalBytes).toBeGreaterThan(0);
+    expect(doneBytes).toBe(totalBytes);
+    await engine.dispose();
   });
 
   test('a rank that never attaches is named, and nothing is left in shared memory', async () => {

@@ -60,7 +60,7 @@ Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
       kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
           options.kv_type),
       communicator_(Connect(options, cancelled)),
-      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool_, cancelled)),
+      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool_, cancelled, options.progress.get())),
       backend_(shape_, weights_, kv_, *communicator_, pool_, options.isa.value_or(BestIsa()), options.max_batch_tokens) {}
 
 StepResult Engine::Run(const Step& step) {

@@ -37,6 +37,7 @@ struct EngineOptions {
     int64_t timeout_ms = 0;
   };
   std::optional<CommunicatorOptions> communicator;  // needed where world_size > 1
+  std::shared_ptr<LoadProgress> progress;           // null: nobody looks
 };
 
 struct EngineMemory {
