@@ -1,5 +1,5 @@
 import { crc32 as zlibCrc32 } from 'node:zlib';
-import type { TorchDtype } from '../import/read-torch.js';
+import type { TorchDtype } from '../import/torch-tensor.js';
 import type { Crc32 } from '../import/tensor-reader.js';
 import type { ByteSink } from './byte-sink.js';
 

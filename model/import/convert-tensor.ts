@@ -5,8 +5,8 @@ import type { SplitKind } from '../store/glm-tensors.js';
 import type { OutputRange } from '../store/partial-store.js';
 import type { ImportKernels } from './import-kernels.js';
 import type { QuantizedBits } from './quantize.js';
-import type { TorchTensor } from './read-torch.js';
-import { mergeColumnsInto, unsplitRowOrder } from './split.js';
+import type { TorchTensor } from './torch-tensor.js';
+import { mergeColumnsInto, unsplitRowOrder, type RowSegment } from './split.js';
 import { TensorReader } from './tensor-reader.js';
 
 /** One tensor of the model and what becomes of it. Plain data, for any thread of this process. */
@@ -43,6 +43,9 @@ export interface JobTools {
   /** Called for every piece that was read. @throws whatever shall end the job */
   readonly onRead: (bytes: number) => void;
 }
+
+/** Pieces that the kernel fetches while one is computed with. */
+const piecesAhead = 2;
 
 /** The memory of one thread: about two and a half pieces. Rows are read, merged, quantised and written in pieces of as many rows as fit. */
 export class PieceBuffers {
@@ -81,7 +84,7 @@ export function rowBytesOf({ split, shards }: ConvertJob): number {
 }
 
 function convertTensor(job: ConvertJob, tools: JobTools): JobResult {
-  const [weight, scales] = job.outputs.map((range) => new OutputWriter(range)) as [OutputWriter, OutputWriter?];
+  const [weight, scales] = job.outputs.map((range) => new OutputWriter(range, tools.kernels)) as [OutputWriter, OutputWriter?];
   const warnings = job.split === 'copied' ? differentCopies(job, tools) : [];
   let row = 0;
   const columns = rowBytesOf(job) / 2;
@@ -115,20 +118,34 @@ function* unsplitRows(split: SplitKind, shards: readonly TorchTensor[], { kernel
   const { rowBytes } = readers[0]!;
   const count = split === 'columns' ? shards.length : 1; // shards that a piece has rows of
   const step = Math.max(1, Math.floor(buffers.pieceBytes / (rowBytes * count)));
-  const segments =
-    split === 'rows' || split === 'glu-rows' ? unsplitRowOrder(split, rows, shards.length) : [{ rank: 0, begin: 0, end: rows }];
-  for (const segment of segments) {
-    for (let begin = segment.begin; begin < segment.end; begin += step) {
-      const end = Math.min(segment.end, begin + step);
-      const bytes = (end - begin) * rowBytes;
-      const parts = Array.from({ length: count }, (_, i) => buffers.input.subarray(i * bytes, (i + 1) * bytes));
-      for (const [i, part] of parts.entries()) readers[segment.rank + i]!.readRows(begin, end, part);
-      onRead(bytes * count);
-      if (count === 1) yield parts[0]!;
-      else yield mergeColumnsInto(parts, end - begin, buffers.merged.subarray(0, bytes * count));
+  const pieces = piecesOf(split, rows, { numRanks: shards.length, step });
+  const fetch = ({ rank, begin, end }: RowSegment): void => {
+    for (let i = 0; i < count; i++) {
+      for (const { fd, offset, length } of readers[rank + i]!.extentsOf(begin, end)) kernels.hintRead(fd, offset, length);
     }
+  };
+  for (const [index, { rank, begin, end }] of pieces.entries()) {
+    // The disk has work while this piece is computed with.
+    for (const ahead of pieces.slice(index === 0 ? 1 : index + piecesAhead, index + piecesAhead + 1)) fetch(ahead);
+    const bytes = (end - begin) * rowBytes;
+    const parts = Array.from({ length: count }, (_, i) => buffers.input.subarray(i * bytes, (i + 1) * bytes));
+    for (const [i, part] of parts.entries()) readers[rank + i]!.readRows(begin, end, part);
+    onRead(bytes * count);
+    if (count === 1) yield parts[0]!;
+    else yield mergeColumnsInto(parts, end - begin, buffers.merged.subarray(0, bytes * count));
   }
   for (const reader of split === 'copied' ? readers.slice(0, 1) : readers) reader.finish();
+}
+
+function piecesOf(split: SplitKind, rows: number, { numRanks, step }: { numRanks: number; step: number }): RowSegment[] {
+  const segments = split === 'rows' || split === 'glu-rows' ? unsplitRowOrder(split, rows, numRanks) : [{ rank: 0, begin: 0, end: rows }];
+  return segments.flatMap(({ rank, begin, end }) =>
+    Array.from({ length: Math.ceil((end - begin) / step) }, (_, i) => ({
+      rank,
+      begin: begin + i * step,
+      end: Math.min(end, begin + (i + 1) * step),
+    })),
+  );
 }
 
 /** The first rank's copy is taken, as the original does; other bits in another rank mean that the files do not belong together. */
@@ -172,7 +189,10 @@ class OutputWriter {
   private readonly hash: Hash = createHash('sha256');
   private done = 0;
 
-  constructor(private readonly range: OutputRange) {}
+  constructor(
+    private readonly range: OutputRange,
+    private readonly kernels: ImportKernels,
+  ) {}
 
   write(bytes: Uint8Array): void {
     const { fd, path, name, offset } = this.range;
@@ -189,6 +209,7 @@ class OutputWriter {
         );
       }
     }
+    this.kernels.hintWritten(fd, offset + this.done, bytes.length);
     this.hash.update(bytes);
     this.done += bytes.length;
   }

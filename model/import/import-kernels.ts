@@ -8,6 +8,9 @@ import type { Crc32 } from './tensor-reader.js';
 export interface ImportKernels {
   readonly isNative: boolean;
   readonly crc32: Crc32;
+  /** Bytes of a file that will be read soon, and that were written; nothing depends on what becomes of it. */
+  hintRead(fd: number, offset: number, length: number): void;
+  hintWritten(fd: number, offset: number, length: number): void;
   /** {@link quantizeRows}, into memory of the caller. @throws CheckpointError where a weight is infinite or NaN */
   quantizeRows(weights: Uint16Array, columns: number, options: QuantizeOptions, into: QuantizedRows): void;
 }
@@ -19,6 +22,8 @@ export function loadImportKernels(): ImportKernels {
     return {
       isNative: true,
       crc32: (bytes, previous) => addon.crc32(bytes, previous),
+      hintRead: (fd, offset, length) => addon.hintRead(fd, offset, length),
+      hintWritten: (fd, offset, length) => addon.hintWritten(fd, offset, length),
       quantizeRows(weights, columns, { groups, bits, name, firstRow = 0 }, { qweight, scales }) {
         const row = addon.quantizeWeights({ weights, columns, groups, bits, qweight, scales });
         if (row >= 0) throw notFinite(name, firstRow + row);
@@ -33,6 +38,8 @@ export function loadImportKernels(): ImportKernels {
 export const scriptKernels: ImportKernels = {
   isNative: false,
   crc32,
+  hintRead: () => {},
+  hintWritten: () => {},
   quantizeRows(weights, columns, options, { qweight, scales }) {
     const result = quantizeRows(weights, columns, options);
     qweight.set(result.qweight);

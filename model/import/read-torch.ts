@@ -1,26 +1,10 @@
 import { crc32 } from 'node:zlib';
 import { CheckpointError } from '../../common/errors.js';
-import { ByteSource, namesOf, type ByteRange } from './byte-source.js';
+import { ByteSource, namesOf } from './byte-source.js';
 import { parsePickle, PickleDict, TensorRef, type StorageRef } from './pickle.js';
 import { StoredZip } from './stored-zip.js';
 import { spanOf, TensorReader } from './tensor-reader.js';
-
-export type TorchDtype = 'float16' | 'float32' | 'float64' | 'bfloat16' | 'int8' | 'uint8' | 'int16' | 'int32' | 'int64' | 'bool';
-
-export interface TorchTensor {
-  readonly name: string;
-  readonly dtype: TorchDtype;
-  readonly itemBytes: number;
-  readonly shape: readonly number[];
-  /** In elements. */
-  readonly strides: readonly number[];
-  /** First element in its storage. */
-  readonly storageOffset: number;
-  /** All of its storage, which other tensors may share. */
-  readonly storage: ByteRange;
-  /** CRC-32 of the storage, from the archive's directory. */
-  readonly crc32: number;
-}
+import type { TorchDtype, TorchTensor } from './torch-tensor.js';
 
 /**
  * The tensors under `module` of one torch.save file (model-spec section 1.1). The pickle is read by {@link parsePickle} and executes

@@ -3,7 +3,7 @@ import { CheckpointError } from '../../common/errors.js';
 import type { ModelConfig } from '../model-config.js';
 import { glmTensors, type GlmTensor } from '../store/glm-tensors.js';
 import type { QuantizedBits } from './quantize.js';
-import type { TorchTensor } from './read-torch.js';
+import type { TorchTensor } from './torch-tensor.js';
 import type { SatCheckpoint } from './sat-checkpoint.js';
 import { shardShape } from './split.js';
 

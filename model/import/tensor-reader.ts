@@ -1,7 +1,7 @@
 import { crc32 as zlibCrc32 } from 'node:zlib';
 import { CheckpointError } from '../../common/errors.js';
-import { ByteSource, namesOf } from './byte-source.js';
-import type { TorchTensor } from './read-torch.js';
+import { ByteSource, namesOf, type Extent } from './byte-source.js';
+import type { TorchTensor } from './torch-tensor.js';
 
 /** Bytes that a read of a strided view may take in one go beyond what it returns. */
 const gatherBytes = 64 * 2 ** 20;
@@ -39,6 +39,12 @@ export class TensorReader {
     const block = { shape: [end - begin, ...rowShape], strides: [strides[0] ?? 0, ...strides.slice(1)] };
     const limit = Math.max(gatherBytes, 2 * product(shape) * itemBytes);
     this.gather(block, storageOffset + begin * (strides[0] ?? 0), Buffer.from(into.buffer, into.byteOffset, into.length), limit);
+  }
+
+  /** Where rows [begin, end) lie; empty for a view that is not dense, whose rows are all over its storage. */
+  extentsOf(begin: number, end: number): Extent[] {
+    if (!this.isDense) return [];
+    return this.source.extentsOf(this.tensor.storageOffset * this.tensor.itemBytes + begin * this.rowBytes, (end - begin) * this.rowBytes);
   }
 
   /** Compares the CRC-32 of a storage of which not every byte was read in order. */

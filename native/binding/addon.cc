@@ -11,6 +11,7 @@
 #include "binding/engine_wrap.h"
 #include "core/cpu_features.h"
 #include "core/error.h"
+#include "core/file_hints.h"
 #include "kernels/crc32.h"
 #include "kernels/quantize_weights.h"
 #include "kernels/sampling.h"
@@ -124,6 +125,16 @@ Napi::Value QuantizeWeightsOf(const Napi::CallbackInfo& info) {
   }
 }
 
+template <void (*Hint)(int, int64_t, int64_t)>
+void HintOf(const Napi::CallbackInfo& info) {
+  constexpr int64_t kMost = int64_t{1} << 53;
+  try {
+    Hint(static_cast<int>(Field(info[0], "fd").Integer(0, 0x7fffffff)), Field(info[1], "offset").Integer(0, kMost), Field(info[2], "length").Integer(0, kMost));
+  } catch (...) {
+    throw Napi::Error(info.Env(), ErrorToJs(info.Env(), std::current_exception()));
+  }
+}
+
 Napi::Object BuildInfo(Napi::Env env) {
   Napi::Object build = Napi::Object::New(env);
   Napi::Array backends = Napi::Array::New(env);
@@ -147,6 +158,8 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   exports.Set("build", BuildInfo(env));
   exports.Set("crc32", Napi::Function::New<Crc32Of>(env, "crc32"));
   exports.Set("quantizeWeights", Napi::Function::New<QuantizeWeightsOf>(env, "quantizeWeights"));
+  exports.Set("hintRead", Napi::Function::New<HintOf<HintRead>>(env, "hintRead"));
+  exports.Set("hintWritten", Napi::Function::New<HintOf<HintWritten>>(env, "hintWritten"));
   exports.Set("createEngine", Napi::Function::New<CreateEngine>(env, "createEngine"));
   exports.Set("distribution", Napi::Function::New<DistributionOf>(env, "distribution"));
   exports.Set("measureProductPeak", Napi::Function::New<MeasureProductPeakCall>(env, "measureProductPeak"));

@@ -24,6 +24,10 @@ export interface NativeAddon {
   crc32(bytes: Uint8Array, previous: number): number;
   /** Quantises fp16 weights as model/import/quantize.ts says. Throws EngineError. */
   quantizeWeights(options: NativeQuantizeOptions): number;
+  /** Bytes of a file will be read: the kernel fetches them meanwhile. Returns at once. Throws EngineError for arguments alone. */
+  hintRead(fd: number, offset: number, length: number): void;
+  /** Bytes of a file were written: the kernel puts them on the disk now and not later. Returns at once. Throws EngineError for arguments alone. */
+  hintWritten(fd: number, offset: number, length: number): void;
   /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
   /** Products of INT4 weights with int8 activations per second that `threads` threads make in registers with the instructions of `isa`. */
@@ -163,6 +167,8 @@ export function loadAddon(): NativeAddon {
     distribution: (logits, params) => throwing(() => raw.distribution(logits, params)),
     crc32: (bytes, previous) => throwing(() => raw.crc32(bytes, previous)),
     quantizeWeights: (options) => throwing(() => raw.quantizeWeights(options)),
+    hintRead: (fd, offset, length) => throwing(() => raw.hintRead(fd, offset, length)),
+    hintWritten: (fd, offset, length) => throwing(() => raw.hintWritten(fd, offset, length)),
     measureReadBandwidth: (options) => raw.measureReadBandwidth(options).catch(rethrow(creationError)),
     measureProductPeak: (options) => raw.measureProductPeak(options).catch(rethrow(creationError)),
   };

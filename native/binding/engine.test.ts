@@ -607,7 +607,7 @@ describe('a step that cannot run', () => {
   test('a damaged body is an error that is no refusal: the ranks may have got different ones', async () => {
     const sample = extend(randomRuns(9, 6, 0)[0]!, blocks(0, 6), 0, { kind: 'sample', params, noise, topLogprobs: 0 });
     const whole = bodyOf({ extends: [sample, { ...valid, blockTable: u32(9, 10) }], blockCopies: [20, 21] });
-    const changed = whole.slice();
+    const changed = Uint8Array.from(whole);
     new DataView(changed.buffer).setUint32(whole.length - 4, 5, true); // an error is no want
     await withGroup({}, async (run, [engine]) => {
       const refused = async (bytes: Uint8Array, message: RegExp): Promise<void> => {
