@@ -328,7 +328,8 @@ class Writer {
   }
 
   finish(): Uint8Array {
-    const bytes = Buffer.allocUnsafeSlow(this.at * 4);
+    const { buffer } = Buffer.allocUnsafeSlow(this.at * 4); // not filled with zeros first, as an array's is
+    const bytes = new Uint8Array(buffer);
     bytes.set(new Uint8Array(scratch.buffer, 0, bytes.length));
     return bytes;
   }
