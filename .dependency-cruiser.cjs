@@ -14,7 +14,7 @@ module.exports = {
     {
       name: 'model-knows-only-common',
       severity: 'error',
-      from: { path: '^model/', ...notTests },
+      from: { path: '^model/', pathNot: '^model/import/import-kernels\\.ts$|\\.test\\.ts$' },
       to: { path: '^(proto|coordinator|worker|cli|bench|native|test)/' },
     },
     {
@@ -30,9 +30,10 @@ module.exports = {
       to: { path: '^(coordinator|cli|bench|test)/' },
     },
     {
-      name: 'native-is-loaded-by-the-worker-engine',
+      // The import quantises and checks with kernels of the addon.
+      name: 'native-is-loaded-by-the-worker-engine-and-the-import',
       severity: 'error',
-      from: { pathNot: '^(native/|worker/(engine|wire)\\.ts$|bench/)|\\.test\\.ts$' },
+      from: { pathNot: '^(native/|worker/(engine|wire)\\.ts$|model/import/import-kernels\\.ts$|bench/)|\\.test\\.ts$' },
       to: { path: '^native/' },
     },
     {

@@ -10,7 +10,7 @@ import { packageRoot } from '../common/package-root.js';
 import type { TandemClient } from '../cli/client.js';
 import { formatTable } from '../cli/format.js';
 import { startLocalCluster } from '../cli/local-cluster.js';
-import { blankContext } from '../coordinator/generation/blank-context.js';
+import { blankContext } from '../model/tokenizer/blank-context.js';
 import { importCheckpoint } from '../model/import/import-checkpoint.js';
 import { parseModelConfig } from '../model/model-config.js';
 import { tinyModelDir } from '../model/tiny/tiny-model.js';

@@ -28,7 +28,7 @@ export function engineOptions({ kvDtype, activations }: Pick<EngineFlags, 'kvDty
       'How activations meet INT4 and INT8 weights: quantised per token and 128 columns (faster), or in floating point',
     ),
     'quantize-embedding': choice(['none', 'int8'], 'none', 'Word embeddings (and so the output projection): as in the store, or INT8'),
-    isa: choice(['auto', 'avx512vnni', 'avx512', 'avx2', 'generic'], 'auto', 'Instruction set of the kernels'),
+    isa: choice(['auto', 'avx512vnni', 'avx512', 'avx2', 'neon', 'generic'], 'auto', 'Instruction set of the kernels'),
   };
 }
 

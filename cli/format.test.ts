@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { formatBytes, formatCount, formatDuration, formatMs, formatTable } from './format.js';
+import { formatBytes, formatCount, formatDuration, formatMs, formatTable, formatWorkerState } from './format.js';
 
 test.each([
   [0, '0.00 ms'],
@@ -47,4 +47,12 @@ test('columns are aligned as a terminal shows them', () => {
       ],
     ).split('\n'),
   ).toEqual(['name   n', '请求   5', 'ab    10']);
+});
+
+test.each([
+  { worker: { state: 'loading', loadedBytes: 0, loadBytes: 0 }, shown: 'loading' },
+  { worker: { state: 'loading', loadedBytes: 340, loadBytes: 1000 }, shown: 'loading 34 %' },
+  { worker: { state: 'ready', loadedBytes: 0, loadBytes: 0 }, shown: 'ready' },
+])('a worker is $shown', ({ worker, shown }) => {
+  expect(formatWorkerState(worker)).toBe(shown);
 });

@@ -1,4 +1,5 @@
 /** How numbers and tables look in the terminal. */
+import type { WorkerStatus__Output } from '../proto/generated/tandem/v1/WorkerStatus.js';
 import { pad, widthOf } from './terminal/text.js';
 
 /** With three digits and a binary unit: `12.1 MiB`. */
@@ -34,6 +35,15 @@ export function formatCount(count: number): string {
 
 export function formatPercent(share: number): string {
   return `${(share * 100).toFixed(0)} %`;
+}
+
+/** `ready`, `loading`, and once it is known how much there is, `loading 34 %`. */
+export function formatWorkerState({
+  state,
+  loadedBytes,
+  loadBytes,
+}: Pick<WorkerStatus__Output, 'state' | 'loadedBytes' | 'loadBytes'>): string {
+  return loadBytes > 0 ? `${state} ${formatPercent(loadedBytes / loadBytes)}` : state;
 }
 
 /** Columns aligned with spaces, numbers to the right. */

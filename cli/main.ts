@@ -4,15 +4,19 @@ import { hideBin } from 'yargs/helpers';
 import { packageVersion } from '../common/package-root.js';
 import { checkFlags, type FlagTypes } from './check-flags.js';
 import { demoCommand } from './commands/demo.js';
+import { exportCommand } from './commands/export.js';
 import { generateCommand } from './commands/generate.js';
 import { importCommand } from './commands/import.js';
 import { inspectCommand } from './commands/inspect.js';
 import { keyCommand } from './commands/key.js';
 import { loadCommand } from './commands/load.js';
 import { logitsCommand } from './commands/logits.js';
+import { planCommand } from './commands/plan.js';
 import { serveCommand } from './commands/serve.js';
 import { statusCommand } from './commands/status.js';
+import { synthCommand } from './commands/synth.js';
 import { topCommand } from './commands/top.js';
+import { verifyCommand } from './commands/verify.js';
 import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
 
@@ -29,7 +33,11 @@ const commands = [
   workerCommand,
   generateCommand,
   importCommand,
+  exportCommand,
   inspectCommand,
+  verifyCommand,
+  planCommand,
+  synthCommand,
   statusCommand,
   topCommand,
   logitsCommand,

@@ -3,7 +3,7 @@ import type { ActiveRequest__Output } from '../proto/generated/tandem/v1/ActiveR
 import type { Event__Output } from '../proto/generated/tandem/v1/Event.js';
 import type { Percentiles__Output } from '../proto/generated/tandem/v1/Percentiles.js';
 import type { Status__Output } from '../proto/generated/tandem/v1/Status.js';
-import { formatBytes, formatCount, formatDuration, formatMs, formatPercent } from './format.js';
+import { formatBytes, formatCount, formatDuration, formatMs, formatPercent, formatWorkerState } from './format.js';
 import { beside, lineWidth, piece, table, type Line, type Piece, type Style } from './terminal/line.js';
 
 export interface TopState {
@@ -211,7 +211,7 @@ function ranksBlock({ workers }: Status__Output, columns: number): Line[] {
       const isOld = heartbeatAgeSeconds > 5;
       return [
         piece(String(rank)),
-        piece(state, state === 'ready' ? 'green' : 'yellow'),
+        piece(formatWorkerState(worker), state === 'ready' ? 'green' : 'yellow'),
         ...(hasDevices ? [piece(state === 'absent' ? '-' : `${device} ${isa} x${threads}`)] : []),
         ...[worker.weightBytes, worker.kvBytes, worker.rssBytes].map((bytes) => piece(formatBytes(bytes))),
         piece(computeSeconds > 0 ? formatPercent(collectiveSeconds / computeSeconds) : '-'),

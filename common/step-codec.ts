@@ -86,16 +86,7 @@ export function encodeStepBody({ blockCopies, extends: all }: StepBody): Uint8Ar
   const out = new Writer();
   out.words(blockCopies);
   out.word(all.length);
-  for (const extend of all) {
-    out.word(extend.cachedTokens);
-    out.word(extend.bidirectionalTokens);
-    out.word(extend.firstLayer);
-    out.word(extend.endLayer);
-    out.words(extend.tokens);
-    out.words(extend.positions);
-    out.words(extend.blockTable);
-    writeWant(out, extend.want);
-  }
+  for (let i = 0; i < all.length; i++) writeExtend(out, all[i]!);
   return out.finish();
 }
 
@@ -105,7 +96,7 @@ export function decodeStepBody(bytes: Uint8Array) {
   const blockCopies = from.words();
   const body = {
     blockCopies,
-    extends: Array.from({ length: from.count() }, () => ({
+    extends: from.list(() => ({
       cachedTokens: from.word(),
       bidirectionalTokens: from.word(),
       firstLayer: from.word(),
@@ -156,7 +147,7 @@ export function encodeResultBody(results: readonly StepExtendResult[]): Uint8Arr
 /** @throws EngineError the body is damaged; whether the results are what was asked for is for the caller to check */
 export function decodeResultBody(bytes: Uint8Array) {
   const from = new Reader(bytes, 'result');
-  const results = Array.from({ length: from.count() }, () => readResult(from));
+  const results = from.list(readResult);
   from.end();
   return results;
 }
@@ -176,6 +167,17 @@ function readResult(from: Reader) {
     case 'error':
       return { kind: 'error' as const, message: from.text() };
   }
+}
+
+function writeExtend(
+  out: Writer,
+  { tokens, positions, blockTable, cachedTokens, bidirectionalTokens, firstLayer, endLayer, want }: StepExtend,
+): void {
+  out.fourWords(cachedTokens, bidirectionalTokens, firstLayer, endLayer);
+  out.words(tokens);
+  out.words(positions);
+  out.words(blockTable);
+  writeWant(out, want);
 }
 
 function writeWant(out: Writer, want: StepWant): void {
@@ -246,15 +248,13 @@ function readWant(from: Reader) {
   }
 }
 
-/** Halves of the last seed: mostly it is the same again, and 64-bit integers are slow. */
-let halves = { seed: 0n, low: 0, high: 0 };
+/** To take a 64-bit integer apart without making others. */
+const seedBits = new BigUint64Array(1);
+const seedWords = new Uint32Array(seedBits.buffer);
 
 function writeNoise(out: Writer, { seed, stream, position }: StepNoise): void {
-  if (seed !== halves.seed) halves = { seed, low: Number(seed & 0xffffffffn), high: Number(seed >> 32n) };
-  out.word(halves.low);
-  out.word(halves.high);
-  out.word(stream);
-  out.word(position);
+  seedBits[0] = seed;
+  out.fourWords(seedWords[0]!, seedWords[1]!, stream, position);
 }
 
 function readNoise(from: Reader): StepNoise {
@@ -265,62 +265,79 @@ function readNoise(from: Reader): StepNoise {
 if (new Uint8Array(Uint32Array.of(1).buffer)[0] !== 1)
   throw new EngineError('this machine is big-endian; steps are sent as little-endian words');
 
-/** Of the last body that was written: the next one is mostly as long. */
-let lastWords = 1024;
+/** What is written goes here first: to make a large buffer for each body costs more than to copy the body out of it. */
+let scratch = new Uint32Array(4096);
+let scratchFloats = new Float32Array(scratch.buffer);
 
-/** Words one after another; an array is its length and its elements, a text its length in bytes and its UTF-8 in whole words. */
+/** Words one after another; an array is its length and its elements, a text its length in bytes and its UTF-8 in whole words. One at a time. */
 class Writer {
-  private buffer = new Uint32Array(lastWords + (lastWords >> 2));
-  private asFloats = new Float32Array(this.buffer.buffer);
   private at = 0;
 
   word(value: number): void {
-    if (this.at === this.buffer.length) this.grow(1);
-    this.buffer[this.at++] = value;
+    const { at } = this;
+    if (at === scratch.length) this.grow(1);
+    scratch[at] = value;
+    this.at = at + 1;
+  }
+
+  fourWords(a: number, b: number, c: number, d: number): void {
+    const { at } = this;
+    if (at + 4 > scratch.length) this.grow(4);
+    scratch[at] = a;
+    scratch[at + 1] = b;
+    scratch[at + 2] = c;
+    scratch[at + 3] = d;
+    this.at = at + 4;
   }
 
   float(value: number): void {
-    if (this.at === this.buffer.length) this.grow(1);
-    this.asFloats[this.at++] = value;
+    const { at } = this;
+    if (at === scratch.length) this.grow(1);
+    scratchFloats[at] = value;
+    this.at = at + 1;
   }
 
   words(values: ArrayLike<number>): void {
     const { length } = values;
-    this.word(length);
-    if (this.at + length > this.buffer.length) this.grow(length);
-    if (length > SHORT) this.buffer.set(values, this.at);
-    else for (let i = 0; i < length; i++) this.buffer[this.at + i] = values[i]!;
-    this.at += length;
+    const { at } = this;
+    if (at + length >= scratch.length) this.grow(1 + length);
+    scratch[at] = length;
+    if (length > SHORT) scratch.set(values, at + 1);
+    else for (let i = 0; i < length; i++) scratch[at + 1 + i] = values[i]!;
+    this.at = at + 1 + length;
   }
 
   floats(values: ArrayLike<number>): void {
     const { length } = values;
-    this.word(length);
-    if (this.at + length > this.buffer.length) this.grow(length);
-    if (length > SHORT) this.asFloats.set(values, this.at);
-    else for (let i = 0; i < length; i++) this.asFloats[this.at + i] = values[i]!;
-    this.at += length;
+    const { at } = this;
+    if (at + length >= scratch.length) this.grow(1 + length);
+    scratch[at] = length;
+    if (length > SHORT) scratchFloats.set(values, at + 1);
+    else for (let i = 0; i < length; i++) scratchFloats[at + 1 + i] = values[i]!;
+    this.at = at + 1 + length;
   }
 
   text(value: string): void {
     const bytes = new TextEncoder().encode(value);
     const words = Math.ceil(bytes.length / 4);
     this.word(bytes.length);
-    if (this.at + words > this.buffer.length) this.grow(words);
-    new Uint8Array(this.buffer.buffer, this.at * 4).set(bytes);
+    if (this.at + words > scratch.length) this.grow(words);
+    if (words > 0) scratch[this.at + words - 1] = 0; // padding
+    new Uint8Array(scratch.buffer, this.at * 4).set(bytes);
     this.at += words;
   }
 
   finish(): Uint8Array {
-    lastWords = Math.max(1024, this.at);
-    return new Uint8Array(this.buffer.buffer, 0, this.at * 4);
+    const bytes = Buffer.allocUnsafeSlow(this.at * 4);
+    bytes.set(new Uint8Array(scratch.buffer, 0, bytes.length));
+    return bytes;
   }
 
   private grow(words: number): void {
-    const larger = new Uint32Array(Math.max(this.buffer.length * 2, this.at + words));
-    larger.set(this.buffer);
-    this.buffer = larger;
-    this.asFloats = new Float32Array(larger.buffer);
+    const larger = new Uint32Array(Math.max(scratch.length * 2, this.at + words));
+    larger.set(scratch);
+    scratch = larger;
+    scratchFloats = new Float32Array(larger.buffer);
   }
 }
 
@@ -341,7 +358,7 @@ class Reader {
   ) {
     if (bytes.byteLength % 4 !== 0) throw new EngineError(`a ${what} body of ${bytes.byteLength} bytes, which are no whole words`);
     // A message's bytes lie anywhere in a larger buffer, words have to be aligned.
-    const aligned = bytes.byteOffset % 4 === 0 ? bytes : Uint8Array.from(bytes);
+    const aligned = bytes.byteOffset % 4 === 0 ? bytes : new Uint8Array(bytes);
     this.buffer = new Uint32Array(aligned.buffer, aligned.byteOffset, aligned.byteLength / 4);
     this.asFloats = new Float32Array(this.buffer.buffer, this.buffer.byteOffset, this.buffer.length);
   }
@@ -361,6 +378,12 @@ class Reader {
     const count = this.word();
     if (count > this.buffer.length - this.at) this.tooShort();
     return count;
+  }
+
+  list<Item>(read: (from: Reader) => Item): Item[] {
+    const items: Item[] = [];
+    for (let left = this.count(); left > 0; left--) items.push(read(this));
+    return items;
   }
 
   words(): Uint32Array {

@@ -24,6 +24,8 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   ending: TandemError | null = null;
   deadline: NodeJS.Timeout | null = null;
   lastStep = 0;
+  /** The last step whose results it got a part of. */
+  appliedStep = 0;
   firstStepMs: number | null = null;
   firstResultMs: number | null = null;
   lastTokensMs = 0;

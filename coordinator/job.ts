@@ -1,4 +1,4 @@
-import type { TandemError } from '../common/errors.js';
+import { DeadlineError, type TandemError } from '../common/errors.js';
 import type { Caller } from './access/caller.js';
 import type { Sequences, Strategy } from './generation/strategy.js';
 import type { RequestTimings } from './status/observer.js';
@@ -10,8 +10,10 @@ export interface Job<R> {
   readonly caller: Pick<Caller, 'name' | 'weight' | 'maxStreams' | 'maxTokensPerMinute'>;
   /** Higher goes first. */
   readonly priority: number;
-  /** From submission to the end, waiting included; null: none. */
+  /** From its arrival to the end, waiting included; null: none. */
   readonly timeoutMs: number | null;
+  /** Of which before the submission; default 0. */
+  readonly elapsedMs?: number;
   readonly promptTokens: number;
   /** KV blocks that it can hold at once, at worst. */
   readonly maxBlocks: number;
@@ -35,4 +37,8 @@ export interface Completed<R> {
   readonly timings: RequestTimings;
   /** Prompt tokens that were found computed. */
   readonly cachedPromptTokens: number;
+}
+
+export function notDoneWithin(timeoutMs: number): DeadlineError {
+  return new DeadlineError(`not done within its ${timeoutMs} ms`);
 }

@@ -2,8 +2,9 @@ import { randomBytes } from 'node:crypto';
 import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
+import { cpusOfRank, formatCpuList } from '../common/cpu-list.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
-import { WorkerLink } from '../common/services.js';
+import { kvBlockSize } from '../model/kv-blocks.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
@@ -18,6 +19,7 @@ import { listenHttp } from './api/http/listen-http.js';
 import { ServingService, type ServerState } from './api/service.js';
 import { kvBlocksFor } from './group/kv-capacity.js';
 import { Supervisor } from './group/supervisor.js';
+import { linkService } from './group/wire.js';
 import { WorkerGroup } from './group/worker-group.js';
 import type { Limits } from './limits.js';
 import { checkGuard, checkListen, listen } from './listen.js';
@@ -35,6 +37,8 @@ export interface ServeOptions {
   readonly worldSize: number;
   /** Threads of each worker's kernels. */
   readonly threads: number;
+  /** Shared out among supervised workers; null: they run on any. */
+  readonly cpus: readonly number[] | null;
   /** Public API: `unix:/path` or `host:port`. */
   readonly listen: string;
   /** Where workers dial in; null: a socket in a private folder of this process. */
@@ -82,7 +86,6 @@ export interface RunningServer {
 }
 
 export const DEFAULT_STEP_TOKENS = 256;
-const KV_BLOCK_SIZE = 16;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
 const HEARTBEAT_MS = 1000;
@@ -92,6 +95,8 @@ const MAX_RESTARTS_PER_MINUTE = 5;
 /** Starts coordinator and workers. The public APIs answer from the beginning, but take no requests yet; resolves when the first epoch is ready. */
 export async function startServer(options: ServeOptions): Promise<RunningServer> {
   const startMs = performance.now();
+  const { cpus, worldSize } = options;
+  const cpusOf = cpus === null ? null : Array.from({ length: worldSize }, (_, rank) => cpusOfRank(cpus, rank, worldSize));
   const log = createLogger('coordinator', options.logLevel);
   const { gate, tls } = loadAccess(options, log);
   await checkAddresses(options, tls, log);
@@ -117,10 +122,10 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     modelPath: store.dir,
     threads: options.threads,
     engine: options.engine,
-    kvBlockSize: KV_BLOCK_SIZE,
+    kvBlockSize,
     kvBlocks: (totalMemoryBytes) =>
       options.kvBlocks ??
-      kvBlocksFor({ config, share, blockSize: KV_BLOCK_SIZE, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
+      kvBlocksFor({ config, share, blockSize: kvBlockSize, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
     maxBatchTokens,
     collectiveTimeoutMs: options.stepTimeoutMs,
     stepTimeoutMs: options.stepTimeoutMs,
@@ -136,7 +141,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
 
   const linkServer = new Server(LINK_CHANNEL_OPTIONS);
   const handlers: WorkerLinkHandlers = { Attach: (call) => group.attach(call) };
-  linkServer.addService(WorkerLink.service, { ...handlers });
+  linkServer.addService(linkService, { ...handlers });
   let loop: ServingLoop | null = null;
   let closing: Promise<void> | null = null;
   const health = (): { state: ServerState; reason: string } => {
@@ -174,7 +179,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     config,
     modelName,
     tokenizer,
-    blockSize: KV_BLOCK_SIZE,
+    blockSize: kvBlockSize,
     limits: options.limits,
     loop: () => loop,
     health,
@@ -222,7 +227,10 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     if (options.supervise) {
       supervisor = new Supervisor({
         worldSize: options.worldSize,
-        command: [...options.workerCommand, '--coordinator', linkAddress, '--log-level', options.logLevel, '--rank'],
+        command: (rank) => [
+          ...[...options.workerCommand, '--coordinator', linkAddress, '--log-level', options.logLevel, '--rank', String(rank)],
+          ...(cpusOf === null ? [] : ['--cpus', formatCpuList(cpusOf[rank]!)]),
+        ],
         env: { ...process.env, TANDEM_WORKER_TOKEN: token! },
         maxRestartsPerMinute: MAX_RESTARTS_PER_MINUTE,
         log,

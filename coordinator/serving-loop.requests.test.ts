@@ -360,6 +360,24 @@ test('clients get their tokens once the next step is on its way, and all of them
   expect(sentBefore).toEqual([2, 2, 2, 2, 2, 1]);
 });
 
+test.each([
+  { name: 'before the results are there', turns: 1 },
+  { name: 'after that', turns: 0 },
+])('what it takes to hand tokens to clients is counted once: $name', async ({ turns }) => {
+  class Slow extends TimedEngine {
+    override async step(step: EngineStep): Promise<EngineStepResult> {
+      const result = await super.step(step);
+      for (let i = 0; i < turns; i++) await turn();
+      return result;
+    }
+  }
+  const engine = new Slow({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 128, vocabSize: 997 });
+  const emitMs: number[] = [];
+  const { loop } = start({ engine, observer: { step: (step) => emitMs.push(step.emitMs) } });
+  await loop.submit(emitting(loop, 1, () => (engine.nowMs += 3))).done;
+  expect(emitMs).toEqual([0, 3, 3, 3, 3, 3]); // the last ones go without a step
+});
+
 test("a client's callback that throws ends neither the loop nor the request", async () => {
   const { loop } = start();
   const ticket = loop.submit(

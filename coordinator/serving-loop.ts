@@ -33,7 +33,7 @@ import {
   type SequenceState,
 } from './scheduler/sequence.js';
 import { StepCostTable } from './scheduler/step-cost.js';
-import type { Completed, Job, Ticket } from './job.js';
+import { type Completed, type Job, notDoneWithin, type Ticket } from './job.js';
 import type { ActiveRequestSnapshot, LoopSnapshot } from './status/loop-snapshot.js';
 import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } from './status/observer.js';
 
@@ -42,7 +42,7 @@ export interface LoopLimits extends Omit<StepLimits, 'numLayers'>, QueueLimits {
   readonly contextCacheBlocks: number;
 }
 
-interface PlannedRun extends Run {
+interface PlannedRun extends Pick<Run, 'sequence' | 'firstToken'> {
   readonly pending: PendingRun;
   /** Its tokens; the sequence may have more by the time that the results are in. */
   readonly runTokens: number;
@@ -153,8 +153,9 @@ export class ServingLoop {
     this.byRequestId.set(job.requestId, request);
     this.queue.take(request, key);
     if (job.timeoutMs !== null) {
-      const expire = (): void => this.endLater(request, new DeadlineError(`not done within its ${job.timeoutMs} ms`));
-      request.deadline = setTimeout(expire, Math.min(job.timeoutMs, 2 ** 31 - 1)).unref();
+      const { timeoutMs, elapsedMs = 0 } = job;
+      const expire = (): void => this.endLater(request, notDoneWithin(timeoutMs));
+      request.deadline = setTimeout(expire, Math.min(Math.max(0, timeoutMs - elapsedMs), 2 ** 31 - 1)).unref();
     }
     if (first.done) this.finish(request, first.value);
     else {
@@ -246,13 +247,14 @@ export class ServingLoop {
         const answer = await result;
         const answeredMs = this.now();
         const flushMs = flushing();
+        const flushedMs = this.now();
         const tokensBefore = this.totals.generatedTokens;
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
           scheduleMs: plannedMs - startMs,
           totalMs: this.now() - startMs,
           roundTripMs: answeredMs - plannedMs,
-          emitMs: flushMs + this.now() - answeredMs,
+          emitMs: flushMs + this.now() - flushedMs,
           generatedTokens: this.totals.generatedTokens - tokensBefore,
         });
       } catch (error) {
@@ -332,10 +334,9 @@ export class ServingLoop {
         if (again.some((block) => written.has(block))) return null; // in the next step it finds them computed
         for (const block of again) written.add(block);
         if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
-        const run = prepareRun(sequence, this.blocks);
-        for (const block of run.blockCopies) blockCopies.push(block);
-        const { firstToken } = run;
-        return { sequence, firstToken, blockCopies: run.blockCopies, pending, runTokens: sequence.length - firstToken }; // written out: a spread is slow
+        const { firstToken, blockCopies: copies } = prepareRun(sequence, this.blocks);
+        for (const block of copies) blockCopies.push(block);
+        return { sequence, firstToken, pending, runTokens: sequence.length - firstToken };
       } catch (error) {
         this.fail(request, error); // a defect of one request is no reason to end the others
         return null;
@@ -401,15 +402,17 @@ export class ServingLoop {
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
       pending.request.lastStep = this.totals.steps;
       if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
+      const { op } = pending;
+      const isNewOnly = sequence.length - firstToken === op.tokens.length; // nothing that was lost is computed again
       return {
-        tokens: sequence.tokens.slice(firstToken),
-        positions: sequence.positions.slice(firstToken),
+        tokens: isNewOnly ? op.tokens : sequence.tokens.slice(firstToken),
+        positions: isNewOnly ? op.positions : sequence.positions.slice(firstToken),
         blockTable: sequence.blocks,
         cachedTokens: firstToken,
         bidirectionalTokens: Math.max(0, sequence.bidirectionalTokens - firstToken),
         firstLayer,
         endLayer,
-        want: pending.op.want,
+        want: op.want,
       };
     };
     const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
@@ -432,13 +435,11 @@ export class ServingLoop {
     const isSliceDone = slice !== null && slice.endLayer === this.engine.capacity.numLayers;
     this.slice = slice && !isSliceDone ? slice : null;
     const ran = slice ? [...whole, slice.run] : whole;
-    const touched = new Set<ActiveRequest>();
     for (let i = 0; i < ran.length; i++) {
       const run = ran[i]!;
       const { pending } = run;
       const { request } = pending;
       if (request.state !== 'running') continue;
-      touched.add(request);
       if (run === slice?.run && !isSliceDone) continue;
       applyRun(run, this.blocks);
       const result = results[i]!;
@@ -450,9 +451,12 @@ export class ServingLoop {
       this.complete(pending, result);
       request.lostSteps = 0; // not for a slice: the layers that end epochs may be yet to come
     }
-    for (const request of touched) {
+    for (const { pending } of ran) {
+      const { request } = pending;
+      if (request.state !== 'running' || request.appliedStep === this.totals.steps) continue;
+      request.appliedStep = this.totals.steps; // it may have several runs in the step
       request.busyMs += nowMs - startMs;
-      if (request.state !== 'running' || request.pending.length > 0) continue;
+      if (request.pending.length > 0) continue;
       if (request.results.some(carriesTokens)) this.observeTokens(request, nowMs);
       this.resume(request);
     }
@@ -482,9 +486,11 @@ export class ServingLoop {
     { whole, slice }: PlannedStep,
     { ranks, evaluateMs, codecMs }: EngineStepResult,
     {
+      scheduleMs,
       totalMs,
       roundTripMs,
-      ...measured
+      emitMs,
+      generatedTokens,
     }: Pick<StepStats, 'scheduleMs' | 'emitMs' | 'generatedTokens'> & { readonly totalMs: number; readonly roundTripMs: number },
   ): void {
     const stepMs = longest(ranks, 'computeMs');
@@ -497,15 +503,17 @@ export class ServingLoop {
     }
     this.stepCost.observe(decodeTokens + prefillTokens, totalMs);
     this.observer.step({
-      ...measured,
+      scheduleMs,
       wireMs: Math.max(0, roundTripMs - stepMs),
       codecMs,
       computeMs: Math.max(0, stepMs - allReduceMs - evaluateMs),
       allReduceMs,
       sampleMs: evaluateMs,
+      emitMs,
       ranks,
       decodeTokens,
       prefillTokens,
+      generatedTokens,
       extends: whole.length + (slice ? 1 : 0),
     });
   }
@@ -523,20 +531,20 @@ export class ServingLoop {
   private takeOps(request: ActiveRequest, ops: readonly ExtendOp[]): void {
     if (ops.length === 0) throw new Error('a strategy yielded no Extend');
     request.results = new Array<ExtendResult>(ops.length);
-    const pending: PendingRun[] = [];
-    for (let i = 0; i < ops.length; i++) {
-      const op = ops[i]!;
-      const sequence = request.sequences.get(op.sequence.id);
-      if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
-      const isNew = sequence.length === 0;
-      appendTokens(sequence, op);
-      if (isNew) sequence.contextKey = contextKeyOf(request.key, op, sequence.contextTokens);
-      if (sequence.length > this.limits.maxBatchTokens) {
-        throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
-      }
-      pending.push(new PendingRun(request, i, op, sequence, this.blocks, this.contexts));
+    // Most have one: a list that grows takes room for many.
+    request.pending = ops.length === 1 ? [this.takeOp(request, ops[0]!, 0)] : ops.map((op, i) => this.takeOp(request, op, i));
+  }
+
+  private takeOp(request: ActiveRequest, op: ExtendOp, index: number): PendingRun {
+    const sequence = request.sequences.get(op.sequence.id);
+    if (!sequence) throw new Error(`Extend of sequence ${op.sequence.id}, which is released or another request's`);
+    const isNew = sequence.length === 0;
+    appendTokens(sequence, op);
+    if (isNew) sequence.contextKey = contextKeyOf(request.key, op, sequence.contextTokens);
+    if (sequence.length > this.limits.maxBatchTokens) {
+      throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
     }
-    request.pending = pending;
+    return new PendingRun(request, index, op, sequence, this.blocks, this.contexts);
   }
 
   private sequencesOf(request: ActiveRequest): Sequences {

@@ -48,7 +48,7 @@ function folder(name: string): string {
 
 async function expectSuccess(running: Promise<CliResult>): Promise<string> {
   const { code, stdout, stderr } = await running;
-  expect(stderr.replaceAll(/^\d+\/\d+ tensors, .*\n/gm, '')).toBe('');
+  expect(stderr.replaceAll(/^(\d+\/\d+ tensors|[\d.]+ \w+ of [\d.]+ \w+), .*\n/gm, '')).toBe(''); // progress
   expect(code).toBe(0);
   return stdout;
 }
@@ -86,7 +86,17 @@ describe('wrong command lines', () => {
     { args: ['serve', '--world-size', '0'], words: ['--world-size 0: a whole number from 1'] },
     { args: ['serve', '--world-size'], words: ['--world-size needs a value'] },
     { args: ['serve', '--world-size', '1', '--world-size', '2'], words: ['--world-size is given 2 times (1, 2): give it once'] },
-    { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "generic"'] },
+    { args: ['serve', '--cpus', '0-'], words: ['--cpus 0-: a list of CPUs as in 0-3,8 is needed'] },
+    { args: ['serve', '--cpus', '1023'], words: ['--cpus 1023: this process may not use 1023, allowed are '] },
+    {
+      args: ['worker', '--coordinator', 'unix:/x', '--rank', '0', '--cpus', '1023'],
+      words: ['this process may not use 1023, allowed are '],
+    },
+    {
+      args: ['serve', '--cpus', '0', '--external-workers', '--worker-listen', 'unix:/x'],
+      words: ['--cpus is for workers that this server starts'],
+    },
+    { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "neon", "generic"'] },
     { args: ['serve', '--listen', '0.0.0.0:7130'], words: ['--listen 0.0.0.0:7130 is not this machine alone', 'give --api-keys FILE'] },
     {
       args: ['serve', '--http-listen', '0.0.0.0:7131'],
@@ -121,7 +131,7 @@ describe('wrong command lines', () => {
     { args: ['status', '--json=yes'], words: ['--json=yes', '--json=true or --json=false'] },
     { args: ['inspect'], words: ['too few arguments: 0 given, 1 needed'] },
     { args: ['inspect', '/no/such/store'], words: ['model store /no/such/store does not exist', 'tandem import'] },
-    { args: ['inspect', join(tiny, 'sat')], words: ['is no model store', 'config.json', 'tandem import'] },
+    { args: ['inspect', join(packageRoot, 'cli')], words: ['is no model store', 'config.json', 'tandem import'] },
     { args: ['inspect', join(tiny, 'config.json')], words: ['is no model store'] },
     { args: ['logits'], words: ['missing flag: --tokens'] },
     { args: ['logits', '--tokens', '5,x'], words: ['--tokens: "x" is no id', '5,6,7'] },
@@ -145,14 +155,26 @@ describe('wrong command lines', () => {
     { args: ['generate', '--model', '/no/such/store'], words: ['model store /no/such/store does not exist'] },
   ])('tandem $args', ({ args, words }) => expectRefusal(runCli(args), ...words));
 
-  test.concurrent.each(['', 'serve', 'worker', 'generate', 'import', 'inspect', 'status', 'top', 'logits', 'demo'])(
-    '%s --help',
-    async (command) => {
-      const help = await expectSuccess(runCli([...(command === '' ? [] : [command]), '--help']));
-      expect(help).toMatch(new RegExp(`^tandem ${command || '<command>'}`));
-      for (const line of help.split('\n')) expect(line).not.toMatch(/^ +--?[a-z-]+ +\[/); // every flag says what it is for
-    },
-  );
+  test.concurrent.each([
+    '',
+    'serve',
+    'worker',
+    'generate',
+    'import',
+    'export',
+    'inspect',
+    'verify',
+    'plan',
+    'synth',
+    'status',
+    'top',
+    'logits',
+    'demo',
+  ])('%s --help', async (command) => {
+    const help = await expectSuccess(runCli([...(command === '' ? [] : [command]), '--help']));
+    expect(help).toMatch(new RegExp(`^tandem ${command || '<command>'}`));
+    for (const line of help.split('\n')) expect(line).not.toMatch(/^ +--?[a-z-]+ +\[/); // every flag says what it is for
+  });
 });
 
 describe('the native addon is not built', () => {
@@ -185,9 +207,9 @@ describe('import', () => {
     expect(stderr).toMatch(new RegExp(`^(\\d+/${tensors} tensors, .*\\n)*${tensors}/${tensors} tensors, .*\\n$`));
     expect(stdout).toMatch(new RegExp(`^imported ${tensors} tensors, \\d+ bytes \\(.*\\), in [\\d.]+ s to ${to}\\n$`));
     expect(code).toBe(0);
-    const shown = await expectSuccess(runCli(['inspect', to, '--verify']));
-    expect(shown).toContain(`weights       ${weights}\n`);
-    expect(shown).toMatch(new RegExp(`\\n${tensors} tensors, .*, all equal to their recorded SHA-256\\n$`));
+    expect(await expectSuccess(runCli(['inspect', to]))).toContain(`weights       ${weights}\n`);
+    const verified = await expectSuccess(runCli(['verify', to]));
+    expect(verified).toMatch(new RegExp(`^compared ${tensors} tensors, .*\\neverything is as it was written\\n$`));
     const { logits } = readGolden<LogitsGolden>('tiny/logits.json').cases[0]!;
     const got = await logitsOf(['--model', to, ...rowFlags(0)]);
     // Measured: 3e-6, 0.06, 1.2 and 1.1, with a standard deviation of the logits of 2.4; another row's logits differ by 19.
@@ -245,7 +267,7 @@ describe('import', () => {
     damage?.(from, join(from, '4904'));
     const config = flags.includes('--config') ? [] : ['--config', join(tiny, 'config.json')];
     await expectRefusal(runCli(['import', '--from', from, '--to', join(dir, 'store'), ...config, ...flags]), ...words);
-    expect(readdirSync(dir)).toEqual(['sat']);
+    expect(readdirSync(dir).filter((entry) => entry !== '.store.partial')).toEqual(['sat']); // what was finished before a damaged tensor is kept
     expect(existsSync(join(scratch, 'executed'))).toBe(false);
   });
 
@@ -288,17 +310,20 @@ describe('a damaged store', () => {
     await expectRefusal(runCli(['serve', '--model', dir, '--listen', `unix:${join(scratch, 'never.sock')}`]), ...words);
   });
 
-  test('a changed byte is found by --verify', async () => {
+  test('a changed byte is found by verify', async () => {
     const dir = join(scratch, 'store with a changed byte');
     cpSync(store, dir, { recursive: true });
     flipByte(join(dir, data), 5_000_000);
     expect(await expectSuccess(runCli(['inspect', dir]))).toContain('75 tensors');
-    await expectRefusal(runCli(['inspect', dir, '--verify']), 'tensor transformer.layers.', data, 'SHA-256');
+    const { code, stdout, stderr } = await runCli(['verify', dir]);
+    expect(code).toBe(1);
+    expect(stderr).toMatch(/^tandem: .* is damaged \(transformer\.layers\.\S+\): import it again\n$/);
+    expect(stdout).toMatch(new RegExp(`^tensor transformer\\.layers\\..* in .*${data} has SHA-256`));
   });
 
   test('inspect --json', async () => {
     const shown = JSON.parse(await expectSuccess(runCli(['inspect', store, '--json']))) as { tensors: { bytes: number; sha256: string }[] };
-    expect(shown).toMatchObject({ dir: store, world_sizes: [1, 2, 4], config: { num_layers: 6 }, total_bytes: 12367872, verified: false });
+    expect(shown).toMatchObject({ dir: store, world_sizes: [1, 2, 4], config: { num_layers: 6 }, total_bytes: 12367872, manifest: true });
     expect(shown.tensors).toHaveLength(75);
     expect(shown.tensors.reduce((sum, { bytes }) => sum + bytes, 0)).toBe(12367872);
     for (const { sha256 } of shown.tensors) expect(sha256).toMatch(/^[0-9a-f]{64}$/);
@@ -661,6 +686,26 @@ describe('serve', () => {
     expect(existsSync(join(scratch, 'api.sock'))).toBe(false);
   });
 
+  test.skipIf(allowedCpuList() === null)('puts the threads of each worker on its share of the CPUs', async () => {
+    const [first, second] = allowedCpuList()!;
+    const cpus = ['--cpus', `${first},${second}`, '--world-size', '2', '--threads', '2'];
+    const server = startCli(['serve', '--model', store, ...cpus, '--listen', `unix:${join(scratch, 'pinned.sock')}`]);
+    await server.waitFor(/"ready"/);
+    const status = await runCli(['status', '--json', '--address', `unix:${join(scratch, 'pinned.sock')}`]);
+    const { workers } = JSON.parse(status.stdout) as { workers: { pid: number }[] };
+    const pinned = workers.map(({ pid }) =>
+      readdirSync(`/proc/${pid}/task`)
+        .map((task) => /^Cpus_allowed_list:\s*(\S+)$/m.exec(readFileSync(`/proc/${pid}/task/${task}/status`, 'utf8'))![1]!)
+        .filter((list) => /^\d+$/.test(list)),
+    );
+    server.child.kill('SIGTERM');
+    await server.result;
+    expect(pinned).toEqual([
+      [`${first}`, `${first}`],
+      [`${second}`, `${second}`],
+    ]);
+  });
+
   test('SIGTERM, twice, ends it with status 0 too', async () => {
     const temp = folder('terminated');
     const server = startCli(['serve', '--model', store, '--world-size', '1', '--listen', '127.0.0.1:0'], { env: { TMPDIR: temp } });
@@ -671,6 +716,17 @@ describe('serve', () => {
     await expectGone(temp);
   });
 });
+
+/** The first two CPUs that this process may use; null: there are not two, or the system does not tell. */
+function allowedCpuList(): readonly [number, number] | null {
+  const status = existsSync('/proc/self/status') ? readFileSync('/proc/self/status', 'utf8') : '';
+  const [, list = ''] = /^Cpus_allowed_list:\s*(\S+)$/m.exec(status) ?? [];
+  const cpus = list.split(',').flatMap((part) => {
+    const [begin = NaN, end = begin] = part.split('-').map(Number);
+    return Array.from({ length: end - begin + 1 || 0 }, (_, i) => begin + i);
+  });
+  return cpus.length < 2 ? null : [cpus[0]!, cpus[1]!];
+}
 
 /** Whatever was in the folder of a command that has ended; a server of its own may need a moment longer. */
 async function expectGone(temp: string): Promise<void> {

@@ -107,10 +107,13 @@ describe.skipIf(!hasScript)('top in a terminal', () => {
     const command = `stty rows 30 columns 100; ${process.execPath} ${join(packageRoot, 'dist/cli/main.js')} top --interval-ms 100 --address ${address}; echo ended $?; stty -a`;
     const child = spawn('script', ['-qc', command, '/dev/null'], { env: { ...process.env, TERM: 'xterm', NO_COLOR: '1' } });
     let output = '';
+    let isAsked = false;
     const result = new Promise<void>((resolve) => child.once('close', () => resolve()));
     child.stdout.setEncoding('utf8').on('data', (text: string) => {
       output += text;
-      if (output.split('\u001b[?2026l').length === 4) child.stdin.write('q'); // after three frames
+      if (isAsked || output.split('\u001b[?2026l').length < 4) return;
+      isAsked = true; // once: it may be gone when more of its output comes
+      child.stdin.write('q'); // after three frames
     });
     await result;
     const [before, inside, after] = output.split(/\u001b\[\?1049[hl]/);

@@ -1,8 +1,16 @@
-import { loadAddon, nativeErrorCode, type NativeAddon, type NativeEngine, type NativeIsa } from '../native/binding/addon.js';
+import {
+  loadAddon,
+  nativeErrorCode,
+  type LoadProgress,
+  type NativeAddon,
+  type NativeEngine,
+  type NativeEngineOptions,
+  type NativeIsa,
+} from '../native/binding/addon.js';
 import { openStore } from '../model/store/open-store.js';
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 
-export type { NativeEngine };
+export type { LoadProgress, NativeEngine };
 
 /** The native addon's description, for the Hello; throws a ConfigError if the addon is not built. */
 export function nativeBuild(): NativeAddon['build'] {
@@ -22,10 +30,13 @@ export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal'
 }
 
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */
-export async function loadEngine(assignment: Assignment__Output, rank: number): Promise<NativeEngine> {
+export async function loadEngine(
+  assignment: Assignment__Output,
+  { rank, cpus, onStart }: { rank: number; cpus: readonly number[]; onStart: (progress: () => LoadProgress) => void },
+): Promise<NativeEngine> {
   const store = await openStore(assignment.modelPath);
   const { config } = store;
-  return loadAddon().createEngine({
+  const options: NativeEngineOptions = {
     model: {
       numLayers: config.numLayers,
       hiddenSize: config.hiddenSize,
@@ -41,11 +52,13 @@ export async function loadEngine(assignment: Assignment__Output, rank: number): 
     rank,
     worldSize: assignment.worldSize,
     threads: assignment.threads,
+    cpus,
     isa: assignment.isa === 'auto' ? null : (assignment.isa as NativeIsa),
     activations: assignment.activations === 'float' ? 'float' : 'int8',
     quantizeEmbedding: assignment.quantizeEmbedding === 'int8' ? 'int8' : 'none',
     kv: { numBlocks: assignment.kvBlocks, blockSize: assignment.kvBlockSize, dtype: assignment.kvDtype === 'fp32' ? 'fp32' : 'fp16' },
     maxBatchTokens: assignment.maxBatchTokens,
     communicator: assignment.worldSize === 1 ? null : { name: assignment.communicator, timeoutMs: assignment.collectiveTimeoutMs },
-  });
+  };
+  return loadAddon().createEngine(options, onStart);
 }

@@ -7,13 +7,15 @@ import type { CoordinatorMessage__Output } from '../proto/generated/tandem/v1/Co
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
 import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
-import { failureKind, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
+import { failureKind, type LoadProgress, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
 
 export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
 
 export interface LinkOptions {
   readonly rank: number;
   readonly token: string;
+  /** Where the engine's threads run; empty: anywhere. */
+  readonly cpus: readonly number[];
   readonly log: Logger;
 }
 
@@ -27,7 +29,7 @@ export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'dismisse
  * Runs the coordinator's commands on this rank, in order, until the link ends. Ranks that run different steps hang in their
  * next collective, so a gap in the step ids is an error. Steps are not awaited: the engine's thread queues them.
  */
-export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOptions): Promise<LinkEnd> {
+export function serveLink(link: WorkerLinkStream, { rank, token, cpus, log }: LinkOptions): Promise<LinkEnd> {
   return new Promise((resolve) => {
     let engine: NativeEngine | null = null;
     let epoch = 0;
@@ -52,12 +54,18 @@ export function serveLink(link: WorkerLinkStream, { rank, token, log }: LinkOpti
     const load = async (assignment: Assignment__Output): Promise<void> => {
       const start = performance.now();
       epoch = assignment.epoch;
+      let progress = (): LoadProgress => ({ doneBytes: 0, totalBytes: 0 });
+      let loggedTenths = 0;
       // From here on: loading a large shard takes minutes, and a rank that hangs in it has to be found.
-      heartbeat = setInterval(
-        () => link.write({ heartbeat: { epoch, lastStep, memory: engine ? memoryOf(engine) : null } }),
-        assignment.heartbeatMs,
-      );
-      engine = await loadEngine(assignment, rank);
+      heartbeat = setInterval(() => {
+        if (engine) return void link.write({ heartbeat: { epoch, lastStep, memory: memoryOf(engine), loading: null } });
+        const { doneBytes, totalBytes } = progress();
+        link.write({ heartbeat: { epoch, lastStep, memory: null, loading: { doneBytes, totalBytes } } });
+        const tenths = totalBytes === 0 ? 0 : Math.floor((doneBytes / totalBytes) * 10);
+        if (tenths > loggedTenths) log.info({ epoch, doneBytes, totalBytes }, `loading the shard: ${tenths * 10} %`);
+        loggedTenths = tenths;
+      }, assignment.heartbeatMs);
+      engine = await loadEngine(assignment, { rank, cpus, onStart: (of) => (progress = of) });
       const loadMs = Math.round(performance.now() - start);
       log.info({ epoch, loadMs, weightBytes: engine.memory.weightBytes, kvBytes: engine.memory.kvBytes }, 'shard loaded');
       link.write({ ready: { epoch, loadMs, memory: memoryOf(engine) } });

@@ -9,6 +9,8 @@ export interface WorkerOptions {
   readonly coordinator: string;
   readonly rank: number;
   readonly token: string;
+  /** Where the engine's threads run; empty: anywhere. */
+  readonly cpus: readonly number[];
   readonly logLevel: LogLevel;
   /** How long to try to reach the coordinator. */
   readonly connectTimeoutMs: number;
@@ -29,7 +31,7 @@ export async function runWorker(options: WorkerOptions): Promise<'shutdown' | 'd
         else resolve();
       });
     });
-    const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, log });
+    const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, cpus: options.cpus, log });
     if (end.kind === 'broken') throw new WorkerLostError(`link to ${options.coordinator} ended: ${end.reason}`);
     log.info(`ended by the coordinator: ${end.kind}`);
     return end.kind;

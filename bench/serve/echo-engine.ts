@@ -1,7 +1,6 @@
-import { WorkerLink } from '../../common/services.js';
 import { encodeResultBody, type StepExtendResult } from '../../common/step-codec.js';
 import type { Engine, EngineCapacity, EngineExtend, EngineStep, EngineStepResult } from '../../coordinator/group/engine.js';
-import { decodeResults, encodeStep } from '../../coordinator/group/wire.js';
+import { decodeResults, encodeStep, linkService } from '../../coordinator/group/wire.js';
 
 export interface EchoOptions {
   readonly kvBlocks: number;
@@ -42,14 +41,14 @@ export class EchoEngine implements Engine {
   async step(step: EngineStep): Promise<EngineStepResult> {
     const startMs = performance.now();
     const message = { step: encodeStep(++this.stepId, step) };
-    for (let rank = 0; rank < this.options.worldSize; rank++) WorkerLink.service.Attach.responseSerialize(message);
+    for (let rank = 0; rank < this.options.worldSize; rank++) linkService.Attach.responseSerialize(message);
     const encodedMs = performance.now();
     const body = encodeResultBody(step.extends.map((extend) => this.answer(extend)));
-    const answer = WorkerLink.service.Attach.requestSerialize({ result: { stepId: this.stepId, body } });
+    const answer = linkService.Attach.requestSerialize({ result: { stepId: this.stepId, body } });
     const ranksMs = performance.now() - encodedMs;
     await new Promise((resolve) => setImmediate(resolve)); // clients and the garbage collector have their turn, as with real ranks
     const answeredMs = performance.now();
-    const { result } = WorkerLink.service.Attach.requestDeserialize(answer);
+    const { result } = linkService.Attach.requestDeserialize(answer);
     const results = decodeResults(result!.body, step.extends, this.options);
     const codecMs = encodedMs - startMs + performance.now() - answeredMs;
     this.steps.push({ startMs, codecMs, ranksMs });
@@ -64,7 +63,8 @@ export class EchoEngine implements Engine {
     if (want.kind !== 'sample') throw new Error(`the echo engine samples, it was asked for ${want.kind}`);
     const last = tokens.length - 1;
     const hash = Math.imul(tokens[last]! + 1, 2654435761) ^ Math.imul(positions[last]! + 1, 40503);
-    const token = FIRST_PIECE + ((hash >>> 0) % (this.options.numTextPieces - FIRST_PIECE));
+    // `| 0`: an integer also for V8, which else takes the tokens of all results for floating-point numbers, and what lists them with it.
+    const token = (FIRST_PIECE + ((hash >>> 0) % (this.options.numTextPieces - FIRST_PIECE))) | 0;
     return { kind: 'sample', token, logprob: -1, topTokens: [], topLogprobs: [] };
   }
 }

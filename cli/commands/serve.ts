@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import type { CommandModule, Options } from 'yargs';
+import { parseCpuList } from '../../common/cpu-list.js';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
@@ -32,6 +33,7 @@ interface FlagArgs extends EngineArgs {
   otlpEndpoint: string | undefined;
   worldSize: number;
   threads: number;
+  cpus: string | undefined;
   listen: string;
   workerListen: string | undefined;
   externalWorkers: boolean;
@@ -52,6 +54,11 @@ const FLAGS: Readonly<Record<string, Options>> = {
   model: { type: 'string', describe: 'Model store (default: the tiny model that ships with the project)' },
   'world-size': wholeNumber('world-size', { min: 1, default: 2, describe: 'Workers: the tensor-parallel degree' }),
   threads: wholeNumber('threads', { min: 1, default: 1, describe: 'Threads of each worker' }),
+  cpus: {
+    type: 'string',
+    requiresArg: true,
+    describe: 'CPUs of the workers, as in 0-3,8, shared out evenly: rank 0 gets the first ones (default: any)',
+  },
   listen: { type: 'string', default: DEFAULT_ADDRESS, describe: 'Public gRPC API: host:port or unix:/path' },
   'http-listen': {
     type: 'string',
@@ -102,6 +109,8 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       .config('config', 'JSON file with any of these flags, named as here without the dashes in front', readConfigFile)
       .options(FLAGS)
       .check((args) => {
+        if (args['external-workers'] && args['cpus'] !== undefined)
+          throw new ConfigError('--cpus is for workers that this server starts; give it to "tandem worker"');
         if (args['external-workers'] && !args['worker-listen'])
           throw new ConfigError('--external-workers needs --worker-listen, or workers could not find the coordinator');
         return true;
@@ -114,11 +123,13 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       process.on('SIGHUP', () => (args.apiKeys || args.tlsCert ? reload?.() : end()));
       process.once('disconnect', () => end()); // a parent that is gone needs no server
     });
+    const cpus = args.cpus === undefined ? null : parseCpuList(args.cpus);
     if (!args.externalWorkers) nativeBuild(); // now, and not from each worker
     const starting = startServer({
       model: await modelOrTiny(args.model),
       worldSize: args.worldSize,
       threads: args.threads,
+      cpus,
       listen: args.listen,
       workerListen: args.workerListen ?? null,
       supervise: !args.externalWorkers,

@@ -4,7 +4,7 @@ import type { Percentiles__Output } from '../../proto/generated/tandem/v1/Percen
 import type { Status__Output } from '../../proto/generated/tandem/v1/Status.js';
 import { connect } from '../client.js';
 import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
-import { formatBytes, formatCount, formatDuration, formatMs, formatTable } from '../format.js';
+import { formatBytes, formatCount, formatDuration, formatMs, formatTable, formatWorkerState } from '../format.js';
 import { printable } from '../terminal/text.js';
 import { DEFAULT_ADDRESS } from './serve.js';
 
@@ -56,7 +56,7 @@ function formatStatus(status: Status__Output): string {
       workers.map((worker) => [
         String(worker.rank),
         String(worker.pid),
-        worker.state,
+        formatWorkerState(worker),
         `${printable(worker.device)} ${worker.isa} x${worker.threads}`,
         formatBytes(worker.weightBytes),
         formatBytes(worker.kvBytes),

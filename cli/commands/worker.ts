@@ -1,4 +1,5 @@
 import type { CommandModule } from 'yargs';
+import { parseCpuList } from '../../common/cpu-list.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { runWorker } from '../../worker/main.js';
 import { wholeNumber } from '../number-option.js';
@@ -9,6 +10,7 @@ const EXIT_START_AGAIN = 75;
 interface WorkerArgs {
   coordinator: string;
   rank: number;
+  cpus: string | undefined;
   connectTimeoutMs: number;
   logLevel: string;
 }
@@ -20,6 +22,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
     yargs
       .option('coordinator', { type: 'string', demandOption: true, describe: "The coordinator's worker address: unix:/path or host:port" })
       .option('rank', wholeNumber('rank', { min: 0, demandOption: true, describe: 'This rank, from 0' }))
+      .option('cpus', { type: 'string', requiresArg: true, describe: "CPUs of the engine's threads, as in 0-3,8 (default: any)" })
       .option(
         'connect-timeout-ms',
         wholeNumber('connect-timeout-ms', { min: 1, default: 30_000, describe: 'How long to try to reach the coordinator' }),
@@ -31,6 +34,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
         describe: 'Least level of the log, JSON lines on stderr',
       }) as never,
   async handler(args) {
+    const cpus = args.cpus === undefined ? [] : parseCpuList(args.cpus);
     const token = process.env['TANDEM_WORKER_TOKEN'] ?? '';
     // A terminal's Ctrl-C reaches the whole process group; a supervising coordinator decides when its workers leave.
     if (token !== '') process.on('SIGINT', () => {});
@@ -39,6 +43,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
       coordinator: args.coordinator,
       rank: args.rank,
       token,
+      cpus,
       logLevel: args.logLevel as LogLevel,
       connectTimeoutMs: args.connectTimeoutMs,
     });

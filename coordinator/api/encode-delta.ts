@@ -1,3 +1,4 @@
+import { BackwardWriter, VARINT_BYTES, WIRE_TYPE } from '../backward-writer.js';
 import type { GenerationDelta, TokenLogprob } from '../generation/request.js';
 
 /**
@@ -36,8 +37,6 @@ function writeLogprobs(out: BackwardWriter, logprobs: readonly TokenLogprob[]): 
   }
 }
 
-const WIRE_TYPE = { varint: 0, bytes: 2, fixed32: 5 } as const;
-
 /** Tags: the number of the field and its wire type. */
 const FIELD = {
   delta: (1 << 3) | WIRE_TYPE.bytes,
@@ -52,77 +51,8 @@ const FIELD = {
   top: (3 << 3) | WIRE_TYPE.bytes,
 } as const;
 
-const VARINT_BYTES = 5;
 const UTF8_BYTES = 3;
 /** At most: two tags, a varint, a float, and the tag and length of the message around them. */
 const LOGPROB_BYTES = 2 + VARINT_BYTES + 4 + 1 + VARINT_BYTES;
 /** At most, of a Delta without text, tokens and logprobs: five tags, and as many varints. */
 const LEAST_BYTES = 5 * (1 + VARINT_BYTES);
-
-const SLAB_BYTES = 64 * 1024;
-/** Messages lie in it one before the other; a new one begins when the next message may not fit. */
-let slab = Buffer.allocUnsafeSlow(SLAB_BYTES);
-let freeBytes = SLAB_BYTES;
-
-/** From the last byte to the first: so the length of a message is known when it is written. */
-class BackwardWriter {
-  private readonly buffer: Buffer;
-  private readonly end: number;
-  private at: number;
-
-  /** @param room bytes, at most */
-  constructor(room: number) {
-    if (room > freeBytes) {
-      slab = Buffer.allocUnsafeSlow(Math.max(SLAB_BYTES, room));
-      freeBytes = slab.length;
-    }
-    this.buffer = slab;
-    this.end = freeBytes;
-    this.at = freeBytes;
-  }
-
-  /** Bytes written. */
-  get length(): number {
-    return this.end - this.at;
-  }
-
-  varint(value: number): void {
-    let bytes = 1;
-    for (let rest = value >>> 7; rest > 0; rest >>>= 7) bytes += 1;
-    this.at -= bytes;
-    let at = this.at;
-    let rest = value;
-    for (; bytes > 1; bytes--, rest >>>= 7) this.buffer[at++] = (rest & 0x7f) | 0x80;
-    this.buffer[at] = rest;
-  }
-
-  uint32(tag: number, value: number): void {
-    this.varint(value);
-    this.varint(tag);
-  }
-
-  float(tag: number, value: number): void {
-    this.at -= 4;
-    this.buffer.writeFloatLE(value, this.at);
-    this.varint(tag);
-  }
-
-  text(tag: number, value: string): void {
-    const bytes = Buffer.byteLength(value);
-    this.at -= bytes;
-    this.buffer.write(value, this.at, bytes, 'utf8');
-    this.varint(bytes);
-    this.varint(tag);
-  }
-
-  /** What was written since `length` bytes is a message. */
-  message(tag: number, length: number): void {
-    this.varint(this.length - length);
-    this.varint(tag);
-  }
-
-  finish(): Buffer {
-    freeBytes = this.at;
-    return this.buffer.subarray(this.at, this.end);
-  }
-}

@@ -2,6 +2,7 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { join } from 'node:path';
 import {
   CancelledError,
+  DeadlineError,
   EngineError,
   InvalidRequestError,
   NotReadyError,
@@ -143,6 +144,22 @@ describe('prepare', () => {
     const { value } = await done;
     expect(tokens).toHaveLength(value.generatedTokens);
     await other.done;
+  });
+
+  test('and what comes after it have the time of the call together', async () => {
+    const timing = { timeoutMs: 3_600_000, arrivedMs: performance.now() - 3_600_000 };
+    const endless = { encode: (_: unknown, signal?: AbortSignal) => new Promise<never>((_resolve, reject) => signal!.addEventListener('abort', () => reject(signal!.reason as Error))) }; // prettier-ignore
+    for (const signal of [undefined, new AbortController().signal]) {
+      expect(await rejection(serviceWith({ encoder: endless }).prepare(generationOf(ofText(BLANKS)), signal, timing))).toBeInstanceOf(
+        DeadlineError,
+      );
+    }
+    const { done } = service.generate(
+      { ...generationOf(ofText('Hello')), maxNewTokens: 100, endTokens: [] },
+      { ...CONTEXT, ...timing },
+      () => {},
+    );
+    expect(await rejection(done)).toBeInstanceOf(DeadlineError);
   });
 
   test('can be cancelled', async () => {

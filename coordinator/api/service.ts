@@ -19,7 +19,7 @@ import type { GenerationDelta, GenerationRequest, GenerationResult, ScoreRequest
 import { generationRequirements, scoreRequirements } from '../generation/requirements.js';
 import { score, scoredTokens } from '../generation/scoring.js';
 import type { Limits } from '../limits.js';
-import type { Ticket } from '../job.js';
+import { notDoneWithin, type Ticket } from '../job.js';
 import type { ServingLoop } from '../serving-loop.js';
 import { type LoopObserver, NO_OBSERVER, type RejectReason } from '../status/observer.js';
 
@@ -31,8 +31,10 @@ export interface CallContext {
   /** Null: one is made. */
   readonly requestId: string | null;
   readonly priority: number;
-  /** From now to the end, waiting included. */
+  /** From its arrival to the end, waiting included. */
   readonly timeoutMs: number | null;
+  /** performance.now() when it came; without it: now. */
+  readonly arrivedMs?: number;
   /** W3C trace context of the caller, as it came. */
   readonly traceParent?: string | null;
 }
@@ -90,26 +92,28 @@ export class ServingService {
   /**
    * The request as it should come to {@link generate}: a long text encoded, away from the event loop; else it comes back as it is.
    * @throws TandemError what {@link generate} would say of the text's length, and `ThreadedEncoder.encode`'s
+   * @throws DeadlineError the call's time is over
    */
-  async prepare(request: GenerationRequest, signal?: AbortSignal): Promise<GenerationRequest> {
-    return (await this.prepareAll([request], signal))[0]!;
+  async prepare(request: GenerationRequest, signal?: AbortSignal, timing?: Timing): Promise<GenerationRequest> {
+    return (await this.prepareAll([request], signal, timing))[0]!;
   }
 
   /** `prepare` of requests that belong together: their texts are long if the sum of them is. */
-  async prepareAll(requests: readonly GenerationRequest[], signal?: AbortSignal): Promise<readonly GenerationRequest[]> {
+  async prepareAll(requests: readonly GenerationRequest[], signal?: AbortSignal, timing?: Timing): Promise<readonly GenerationRequest[]> {
     const texts = requests.map(({ prompt }) => ({ prompt, what: 'prompt', asPrompt: true }));
-    const prompts = await this.encodeLong(texts, signal);
+    const prompts = await this.encodeLong(texts, signal, timing);
     return prompts ? requests.map((request, i) => ({ ...request, prompt: prompts[i]! })) : requests;
   }
 
   /** `prepare` for {@link score}. */
-  async prepareScore(request: ScoreRequest, signal?: AbortSignal): Promise<ScoreRequest> {
+  async prepareScore(request: ScoreRequest, signal?: AbortSignal, timing?: Timing): Promise<ScoreRequest> {
     const prompts = await this.encodeLong(
       [
         { prompt: request.prompt, what: 'prompt', asPrompt: true },
         ...request.choices.map((choice, i) => ({ prompt: choice, what: `choice ${i}`, asPrompt: false })),
       ],
       signal,
+      timing,
     );
     return prompts ? { ...request, prompt: prompts[0]!, choices: prompts.slice(1) } : request;
   }
@@ -206,6 +210,7 @@ export class ServingService {
   private encodeLong(
     prompts: readonly { readonly prompt: Prompt; readonly what: string; readonly asPrompt: boolean }[],
     signal: AbortSignal | undefined,
+    timing: Timing | undefined,
   ): Promise<readonly Prompt[] | null> {
     return this.refusing(async () => {
       this.loop(); // who can not be served needs no ids
@@ -216,7 +221,7 @@ export class ServingService {
       });
       const { encoder } = this.options;
       if (!encoder || !areLong(texts)) return null;
-      const ids = (await encoder.encode(texts, signal)).values();
+      const ids = (await inTime(timing, signal, (until) => encoder.encode(texts, until))).values();
       return prompts.map(({ prompt }) => (prompt.kind === 'ids' ? prompt : { ...prompt, ids: ids.next().value! }));
     });
   }
@@ -248,6 +253,25 @@ export class ServingService {
   }
 }
 
-function scheduling({ caller, requestId, priority, timeoutMs, traceParent = null }: CallContext) {
-  return { caller, requestId: requestId ?? randomUUID(), priority, timeoutMs, traceParent };
+function scheduling({ caller, requestId, priority, timeoutMs, arrivedMs, traceParent = null }: CallContext) {
+  const elapsedMs = arrivedMs === undefined ? 0 : performance.now() - arrivedMs;
+  return { caller, requestId: requestId ?? randomUUID(), priority, timeoutMs, elapsedMs, traceParent };
+}
+
+type Timing = Pick<CallContext, 'timeoutMs' | 'arrivedMs'>;
+
+/** @param work ends when its signal says so: the caller's, or because the call's time is over */
+async function inTime<R>(
+  { timeoutMs, arrivedMs = performance.now() }: Timing = { timeoutMs: null },
+  signal: AbortSignal | undefined,
+  work: (signal?: AbortSignal) => Promise<R>,
+): Promise<R> {
+  if (timeoutMs === null) return work(signal);
+  const clock = new AbortController();
+  const timer = setTimeout(() => clock.abort(notDoneWithin(timeoutMs)), arrivedMs + timeoutMs - performance.now());
+  try {
+    return await work(signal ? AbortSignal.any([signal, clock.signal]) : clock.signal);
+  } finally {
+    clearTimeout(timer);
+  }
 }

@@ -162,9 +162,11 @@ describe('the options of a request', () => {
   });
 
   test('none, and all', () => {
-    expect(toCallContext(null, caller)).toEqual({ caller, requestId: null, priority: 0, timeoutMs: null });
+    expect(toCallContext(null, caller)).toEqual({
+      ...{ caller, requestId: null, priority: 0, timeoutMs: null, arrivedMs: expect.any(Number) as number },
+    });
     expect(toCallContext(options({ requestId: 'a.b_c:1-2', priority: -100, timeoutMs: 7 }), caller)).toEqual({
-      ...{ caller, requestId: 'a.b_c:1-2', priority: -100, timeoutMs: 7 },
+      ...{ caller, requestId: 'a.b_c:1-2', priority: -100, timeoutMs: 7, arrivedMs: expect.any(Number) as number },
     });
     expect(toCallContext(options({ timeoutMs: 2 ** 32 - 1 }), caller).timeoutMs).toBe(MAX_TIMEOUT_MS);
   });

@@ -153,6 +153,7 @@ export function toCallContext(wire: RequestOptions__Output | null, caller: Calle
     requestId: requestId === '' ? null : requestId,
     priority,
     timeoutMs: toTimeout('options.timeout_ms', wire?.timeoutMs ?? 0),
+    arrivedMs: performance.now(),
   };
 }
 

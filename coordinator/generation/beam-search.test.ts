@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { beamSearch, type BeamSearch } from './beam-search.js';
-import type { BlankContext } from './blank-context.js';
+import type { BlankContext } from '../../model/tokenizer/blank-context.js';
 import { FakeModel } from './fake-model.js';
 
 const VOCAB = 12;

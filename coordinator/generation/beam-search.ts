@@ -1,4 +1,5 @@
-import { type BlankContext, prefill } from './blank-context.js';
+import type { BlankContext } from '../../model/tokenizer/blank-context.js';
+import { prefill } from './prefill.js';
 import type { BeamParams } from './request.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy, Want } from './strategy.js';
 

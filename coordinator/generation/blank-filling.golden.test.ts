@@ -9,7 +9,7 @@ import type { SpecialTokens } from '../../model/model-config.js';
 import { buildContext } from '../../model/tokenizer/prompt.js';
 import { loadTokenizer, type Tokenizer } from '../../model/tokenizer/tokenizer.js';
 import { generate } from './blank-filling.js';
-import { blankContext } from './blank-context.js';
+import { blankContext } from '../../model/tokenizer/blank-context.js';
 import { type GenerationDelta, type GenerationRequest, type Mode, NO_PENALTIES } from './request.js';
 import { score } from './scoring.js';
 import type { ExtendOp, ExtendResult, Sequence, Sequences, Strategy } from './strategy.js';

@@ -2,8 +2,9 @@ import { InvalidRequestError } from '../../common/errors.js';
 import { buildContext, checkIds, type Context, type PromptModel } from '../../model/tokenizer/prompt.js';
 import { Answer } from './answer.js';
 import { beamSearch, type BeamSearchResult, type Hypothesis } from './beam-search.js';
-import { type BlankContext, blankContext, sharedPrefill } from './blank-context.js';
-import { BlankText, type FinalPart } from './blank-text.js';
+import { type BlankContext, blankContext } from '../../model/tokenizer/blank-context.js';
+import { sharedPrefill } from './prefill.js';
+import { BlankText } from './blank-text.js';
 import { LogitChanges } from './logit-changes.js';
 import { parallel } from './parallel.js';
 import type { Beam, Blank, FinishReason, GenerationDelta, GenerationOutput, GenerationRequest, GenerationResult } from './request.js';
@@ -170,12 +171,12 @@ function sampleBlank(
     minNewTokens: request.minNewTokens,
     maxNewTokens,
     stopStrings: request.stopStrings,
-    topLogprobs: request.topLogprobs ?? 0,
+    topLogprobs: request.topLogprobs,
     seed: request.seed,
     stream: at.sample,
     firstDraw: at.draws,
     tokenizer: model.tokenizer,
-    emit: (part) => emitPart(job, at.sample, at.blank, part),
+    emit: ({ text, tokens }, logprobs) => job.emit({ output: at.sample, blank: at.blank, text, tokens, logprobs }),
   });
 }
 
@@ -237,14 +238,8 @@ function beamBlank({ tokens }: Hypothesis, maskPosition: number, job: Job): Blan
 /** The whole of a blank that was searched for, in one piece. */
 function emitBlank(job: Job, blank: number, tokens: readonly number[]): void {
   const text = new BlankText(job.model.tokenizer, []);
-  const parts = [...tokens.map((token) => text.push({ token, logprob: 0, top: [] })), text.finish()];
-  const part = { text: parts.map((each) => each.text).join(''), tokens: parts.flatMap((each) => each.tokens) };
-  if (part.tokens.length > 0) emitPart(job, 0, blank, part);
-}
-
-function emitPart({ request, emit }: Job, output: number, blank: number, { text, tokens }: FinalPart): void {
-  const ids = tokens.length === 1 ? [tokens[0]!.token] : tokens.map(({ token }) => token);
-  emit({ output, blank, text, tokens: ids, logprobs: request.topLogprobs === null ? null : tokens });
+  const parts = [...tokens.map((token) => text.push(token)), text.finish()];
+  if (tokens.length > 0) job.emit({ output: 0, blank, text: parts.map((each) => each.text).join(''), tokens, logprobs: null });
 }
 
 /** The first mask of the row is filled next. */

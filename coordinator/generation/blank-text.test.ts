@@ -5,18 +5,16 @@ import { loadTokenizer, type Tokenizer } from '../../model/tokenizer/tokenizer.j
 import { BlankText, type FinalPart } from './blank-text.js';
 import { letterTokenizer } from './letter-model.js';
 
-const plain = (token: number): { token: number; logprob: number; top: [] } => ({ token, logprob: 0, top: [] });
-
 function feed(blank: BlankText, ids: readonly number[]): { texts: string[]; tokens: number[]; isStopped: boolean } {
   const parts: FinalPart[] = [];
   for (const id of ids) {
-    parts.push(blank.push(plain(id)));
+    parts.push(blank.push(id));
     if (blank.isStopped) break;
   }
   if (!blank.isStopped) parts.push(blank.finish());
   return {
     texts: parts.map(({ text }) => text),
-    tokens: parts.flatMap((each) => each.tokens.map(({ token }) => token)),
+    tokens: parts.flatMap((each) => each.tokens),
     isStopped: blank.isStopped,
   };
 }
@@ -100,7 +98,7 @@ describe('the tiny tokenizer', () => {
 
   test('tokens go with their text', () => {
     const blank = new BlankText(tokenizer, []);
-    const parts = [4068, 3987, 3980, 3956].map((id) => blank.push(plain(id)));
+    const parts = [4068, 3987, 3980, 3956].map((id) => blank.push(id));
     expect(parts.map(({ text, tokens }) => [text, tokens.length])).toEqual([['', 0], ['', 0], ['', 0], ['😀', 4]]); // prettier-ignore
   });
 

@@ -1,11 +1,10 @@
 import type { TextStream } from '../../model/tokenizer/stream-decoder.js';
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import type { TokenLogprob } from './request.js';
 
 /** What of a blank became final: text, and the tokens that it is the text of. */
 export interface FinalPart {
   readonly text: string;
-  readonly tokens: readonly TokenLogprob[];
+  readonly tokens: readonly number[];
 }
 
 /**
@@ -15,7 +14,7 @@ export interface FinalPart {
 export class BlankText {
   /** A stop string was hit; from then on only {@link result} may be asked. */
   isStopped = false;
-  private readonly tokens: TokenLogprob[] = [];
+  private readonly tokens: number[] = [];
   private sentTokens = 0;
   private readonly stream: TextStream | null;
   private readonly longestStop: number;
@@ -37,11 +36,11 @@ export class BlankText {
   }
 
   /** @returns what became final */
-  push(token: TokenLogprob): FinalPart {
+  push(token: number): FinalPart {
     this.tokens.push(token);
     const { stream } = this;
     if (stream === null) return this.append('', false);
-    const text = stream.push(token.token);
+    const text = stream.push(token);
     return this.append(text, stream.isHolding);
   }
 
@@ -54,12 +53,12 @@ export class BlankText {
   }
 
   /** The blank's tokens (after a stop string: those that lie wholly before it) and its text, as `detokenize` writes it. */
-  result(): { tokens: number[]; text: string } {
-    const ids = this.tokens.map(({ token }) => token);
-    if (this.tokenizer === null) return { tokens: ids, text: '' };
+  result(): { readonly tokens: readonly number[]; readonly text: string } {
+    const { tokens } = this;
+    if (this.tokenizer === null) return { tokens, text: '' };
     // Cut inside a token, the text has more than the tokens.
-    const more = this.isStopped ? this.text.slice(this.decode(ids.length).length) : '';
-    return { tokens: ids, text: this.tokenizer.detokenize(ids) + more };
+    const more = this.isStopped ? this.text.slice(this.decode(tokens.length).length) : '';
+    return { tokens, text: this.tokenizer.detokenize(tokens) + more };
   }
 
   private append(text: string, isHolding: boolean): FinalPart {
@@ -102,7 +101,7 @@ export class BlankText {
   private decode(count: number): string {
     const stream = this.tokenizer!.stream();
     let text = '';
-    for (let i = 0; i < count; i++) text += stream.push(this.tokens[i]!.token);
+    for (let i = 0; i < count; i++) text += stream.push(this.tokens[i]!);
     return text + stream.flush();
   }
 
@@ -117,4 +116,4 @@ export class BlankText {
   }
 }
 
-const NO_TOKENS: readonly TokenLogprob[] = [];
+const NO_TOKENS: readonly number[] = [];

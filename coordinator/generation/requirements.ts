@@ -1,5 +1,5 @@
 import type { Context, PromptModel } from '../../model/tokenizer/prompt.js';
-import { blankContextLength } from './blank-context.js';
+import { blankContextLength } from '../../model/tokenizer/blank-context.js';
 import { contextOf } from './blank-filling.js';
 import type { GenerationRequest, ScoreRequest } from './request.js';
 import { roomFor, rowLimit } from './row-limit.js';

@@ -1,7 +1,7 @@
 import { PromptTooLongError } from '../../common/errors.js';
 import type { ModelConfig } from '../../model/model-config.js';
 import type { Context } from '../../model/tokenizer/prompt.js';
-import { blankContextLength } from './blank-context.js';
+import { blankContextLength } from '../../model/tokenizer/blank-context.js';
 import type { GenerationRequest } from './request.js';
 
 /** Most blanks of one request: a blank may generate mask tokens, each of which becomes a new blank (model-spec section 6, rule 5). */

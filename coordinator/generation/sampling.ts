@@ -1,5 +1,6 @@
 import type { Tokenizer } from '../../model/tokenizer/tokenizer.js';
-import { type BlankContext, prefill } from './blank-context.js';
+import type { BlankContext } from '../../model/tokenizer/blank-context.js';
+import { prefill } from './prefill.js';
 import { BlankText, type FinalPart } from './blank-text.js';
 import type { LogitChanges } from './logit-changes.js';
 import type { FinishReason, TokenLogprob } from './request.js';
@@ -17,15 +18,16 @@ export interface Span {
   /** At least 1. */
   readonly maxNewTokens: number;
   readonly stopStrings: readonly string[];
-  /** How many best tokens of each step are reported. */
-  readonly topLogprobs: number;
+  /** How many best tokens of each step are reported with its log-probability; null: neither. */
+  readonly topLogprobs: number | null;
   readonly seed: bigint;
   /** Index of the sample in the request. */
   readonly stream: number;
   /** Tokens drawn for this sample's earlier blanks: no noise is used twice. */
   readonly firstDraw: number;
   readonly tokenizer: Tokenizer | null;
-  readonly emit: (part: FinalPart) => void;
+  /** @param logprobs of the part's tokens, where they are asked for */
+  readonly emit: (part: FinalPart, logprobs: readonly TokenLogprob[] | null) => void;
 }
 
 export interface SpanResult {
@@ -44,12 +46,18 @@ export interface SpanResult {
  */
 export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: number, span: Span): Strategy<SpanResult> {
   const blank = new BlankText(span.tokenizer, span.stopStrings);
+  /** Of the tokens whose text is not final yet. */
+  const logprobs: TokenLogprob[] | null = span.topLogprobs === null ? null : [];
+  const emit = (part: FinalPart): void => {
+    if (part.text !== '' || part.tokens.length > 0) span.emit(part, logprobs && logprobs.splice(0, part.tokens.length));
+  };
   let finish: FinishReason = 'length';
   let draws = 0;
   const want = wantsOf(span);
   let op = prefill(sequence, span.context, want(0), cached);
   while (true) {
-    const [result] = yield [op];
+    const results = yield [op];
+    const result = results[0]; // a pattern would take an iterator
     if (result?.kind !== 'sample') throw new Error(`an Extend that wanted a sample gave ${result?.kind ?? 'nothing'}`);
     draws += 1;
     span.logitChanges.count(result.token);
@@ -57,7 +65,8 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
       finish = 'end';
       break;
     }
-    emitPart(span, blank.push(tokenLogprob(result)));
+    logprobs?.push(tokenLogprob(result));
+    emit(blank.push(result.token));
     if (blank.isStopped) {
       finish = 'stop';
       break;
@@ -68,7 +77,7 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
   }
   sequences.release(sequence);
   if (finish !== 'stop') {
-    emitPart(span, blank.finish());
+    emit(blank.finish());
     if (blank.isStopped) finish = 'stop';
   }
   return { ...blank.result(), finish, draws };
@@ -76,7 +85,8 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
 
 /** @returns what is wanted of a draw */
 function wantsOf(span: Span): (draw: number) => Want {
-  const { bannedTokens, endTokens, minNewTokens, seed, stream, firstDraw, topLogprobs, logitChanges } = span;
+  const { bannedTokens, endTokens, minNewTokens, seed, stream, firstDraw, logitChanges } = span;
+  const topLogprobs = span.topLogprobs ?? 0;
   const { temperature, topK, topP } = span.sampling;
   const paramsFor = (banned: readonly number[]): StepSampling => {
     const { biasTokens, biases, repetitionPenalty, repeatedTokens } = logitChanges.now();
@@ -91,14 +101,7 @@ function wantsOf(span: Span): (draw: number) => Want {
   };
 }
 
-const NO_TOP: TokenLogprob['top'] = [];
-
 function tokenLogprob(result: Extract<ExtendResult, { kind: 'sample' }>): TokenLogprob {
-  if (result.topTokens.length === 0) return { token: result.token, logprob: result.logprob, top: NO_TOP };
   const top = Array.from(result.topTokens, (token, i) => ({ token, logprob: result.topLogprobs[i]! }));
   return { token: result.token, logprob: result.logprob, top };
-}
-
-function emitPart(span: Span, part: FinalPart): void {
-  if (part.text !== '' || part.tokens.length > 0) span.emit(part);
 }

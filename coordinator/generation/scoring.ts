@@ -1,6 +1,7 @@
 import { InvalidRequestError, PromptTooLongError } from '../../common/errors.js';
 import { buildContext, type Context, encodePlain, type PromptModel } from '../../model/tokenizer/prompt.js';
-import { type BlankContext, blankContext, blankContextLength, sharedPrefill } from './blank-context.js';
+import { type BlankContext, blankContext, blankContextLength } from '../../model/tokenizer/blank-context.js';
+import { sharedPrefill } from './prefill.js';
 import type { ScoreRequest, ScoreResult } from './request.js';
 import type { ExtendOp, Sequence, Sequences, Strategy } from './strategy.js';
 

@@ -1,11 +1,9 @@
 import { ConfigError } from '../../common/errors.js';
-import type { LocalShare, ModelConfig } from '../../model/model-config.js';
+import { kvBlockBytes, type KvBlockShape } from '../../model/kv-blocks.js';
+import type { ModelConfig } from '../../model/model-config.js';
 
-export interface KvCapacityInput {
+export interface KvCapacityInput extends KvBlockShape {
   readonly config: ModelConfig;
-  readonly share: LocalShare;
-  readonly blockSize: number;
-  readonly dtype: 'fp16' | 'fp32';
   /** Of the machine; all ranks are on it. */
   readonly totalMemoryBytes: number;
   readonly ranks: number;
@@ -15,12 +13,6 @@ export interface KvCapacityInput {
 const DEFAULT_SEQUENCES = 32;
 /** Share of the machine's memory that all ranks' caches may take together. */
 const MEMORY_SHARE = 0.25;
-
-/** Bytes of K and V of one block on one rank, all layers. */
-export function kvBlockBytes({ config, share, blockSize, dtype }: Omit<KvCapacityInput, 'totalMemoryBytes' | 'ranks'>): number {
-  const headDim = config.hiddenSize / config.numAttentionHeads;
-  return 2 * config.numLayers * share.localHeads * headDim * blockSize * (dtype === 'fp16' ? 2 : 4);
-}
 
 /**
  * KV blocks of each rank when the operator names no number.

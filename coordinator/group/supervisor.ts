@@ -3,8 +3,8 @@ import type { Logger } from '../../common/log.js';
 
 export interface SupervisorOptions {
   readonly worldSize: number;
-  /** The command of one worker: executable, then arguments; the rank is appended. */
-  readonly command: readonly string[];
+  /** The command of a rank's worker: executable, then arguments. */
+  readonly command: (rank: number) => readonly string[];
   readonly env: NodeJS.ProcessEnv;
   /** A rank that ends more often than this within a minute is given up. */
   readonly maxRestartsPerMinute: number;
@@ -80,8 +80,8 @@ export class Supervisor {
 
   private start(rank: number): void {
     const { command, env, log } = this.options;
-    const [executable, ...args] = command;
-    const child = spawn(executable!, [...args, String(rank)], { env, stdio: ['ignore', 'ignore', 'inherit'] });
+    const [executable, ...args] = command(rank);
+    const child = spawn(executable!, args, { env, stdio: ['ignore', 'ignore', 'inherit'] });
     this.children.set(rank, child);
     log.debug({ rank, pid: child.pid }, 'worker started');
     child.once('error', (error) => {

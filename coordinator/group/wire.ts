@@ -1,9 +1,41 @@
 /** Between the engine boundary's values and the messages of `worker.proto`. */
 import { EngineError } from '../../common/errors.js';
+import { WorkerLink } from '../../common/services.js';
 import { decodeResultBody, encodeStepBody } from '../../common/step-codec.js';
+import type { CoordinatorMessage } from '../../proto/generated/tandem/v1/CoordinatorMessage.js';
 import type { Step } from '../../proto/generated/tandem/v1/Step.js';
+import { BackwardWriter, VARINT_BYTES, WIRE_TYPE } from '../backward-writer.js';
 import type { ExtendResult, Want } from '../generation/strategy.js';
 import type { EngineExtend, EngineStep } from './engine.js';
+
+const { Attach } = WorkerLink.service;
+
+/** `WorkerLink` as the coordinator serves it. All ranks get the same steps, one after another: each is encoded once. */
+export const linkService = { ...WorkerLink.service, Attach: { ...Attach, responseSerialize: serialize } };
+
+let last: { readonly step: Step; readonly bytes: Buffer } | null = null;
+
+function serialize(message: CoordinatorMessage): Buffer {
+  const { step } = message;
+  if (!step) return Attach.responseSerialize(message);
+  if (last?.step !== step) last = { step, bytes: encodeStepMessage(step) };
+  return last.bytes;
+}
+
+function encodeStepMessage({ stepId = 0, body }: Step): Buffer {
+  const bytes = body as Uint8Array;
+  const out = new BackwardWriter(bytes.length + 5 * VARINT_BYTES);
+  out.bytes(FIELD.body, bytes);
+  out.uint32(FIELD.stepId, stepId);
+  out.message(FIELD.step, 0);
+  return out.finish();
+}
+
+const FIELD = {
+  step: (2 << 3) | WIRE_TYPE.bytes,
+  stepId: (1 << 3) | WIRE_TYPE.varint,
+  body: (2 << 3) | WIRE_TYPE.bytes,
+} as const;
 
 export function encodeStep(stepId: number, step: EngineStep): Step {
   return { stepId, body: encodeStepBody(step) };

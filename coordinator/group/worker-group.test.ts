@@ -232,6 +232,16 @@ test.each([
   expect(links.map(({ told }) => told.at(-1))).toEqual([{ abort: { epoch: 1 } }, { abort: { epoch: 1 } }]);
 });
 
+test('how far a rank has loaded is known from its heartbeats until it is ready', async () => {
+  const [first, second] = [attach(0), attach(1)];
+  const nothing = { doneBytes: 0, totalBytes: 0 };
+  expect(group.snapshot().map(({ loading }) => loading)).toEqual([nothing, nothing]);
+  first.say({ heartbeat: { epoch: 1, lastStep: 0, memory: null, loading: { doneBytes: '300', totalBytes: '1000' } } });
+  expect(group.snapshot().map(({ loading }) => loading)).toEqual([{ doneBytes: 300, totalBytes: 1000 }, nothing]);
+  ready(first, second);
+  expect(group.snapshot().map(({ loading }) => loading)).toEqual([nothing, nothing]);
+});
+
 test('when a rank is lost the step fails, the others leave, and the next epoch begins with all of them', async () => {
   const [first, second] = bothReady();
   const step = group.step(sampleStep);

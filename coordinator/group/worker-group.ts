@@ -5,6 +5,7 @@ import type { Logger } from '../../common/log.js';
 import { packageVersion } from '../../common/package-root.js';
 import type { CoordinatorMessage } from '../../proto/generated/tandem/v1/CoordinatorMessage.js';
 import type { Hello__Output } from '../../proto/generated/tandem/v1/Hello.js';
+import type { LoadProgress__Output } from '../../proto/generated/tandem/v1/LoadProgress.js';
 import type { Memory__Output } from '../../proto/generated/tandem/v1/Memory.js';
 import type { StepResult__Output } from '../../proto/generated/tandem/v1/StepResult.js';
 import type { WorkerMessage__Output } from '../../proto/generated/tandem/v1/WorkerMessage.js';
@@ -51,6 +52,8 @@ export interface RankSnapshot {
   readonly device: string;
   readonly isa: string;
   readonly memory: { readonly weightBytes: number; readonly kvBytes: number; readonly workspaceBytes: number; readonly rssBytes: number };
+  /** While the state is `loading`; `totalBytes` is 0 until it is known. */
+  readonly loading: { readonly doneBytes: number; readonly totalBytes: number };
   readonly heartbeatAgeMs: number;
 }
 
@@ -59,6 +62,7 @@ interface Rank {
   readonly hello: Hello__Output;
   ready: boolean;
   memory: Memory__Output | null;
+  loading: LoadProgress__Output | null;
   lastSeenMs: number;
 }
 
@@ -130,6 +134,7 @@ export class WorkerGroup implements Engine {
         workspaceBytes: Number(rank?.memory?.workspaceBytes ?? 0),
         rssBytes: Number(rank?.memory?.rssBytes ?? 0),
       },
+      loading: { doneBytes: Number(rank?.loading?.doneBytes ?? 0), totalBytes: Number(rank?.loading?.totalBytes ?? 0) },
       heartbeatAgeMs: rank ? Date.now() - rank.lastSeenMs : 0,
     }));
   }
@@ -211,7 +216,7 @@ export class WorkerGroup implements Engine {
       link.emit('error', Object.assign(new Error(refusal ?? ''), { code: 9, details: refusal }));
       return null;
     }
-    this.ranks[hello.rank] = { link, hello, ready: false, memory: null, lastSeenMs: Date.now() };
+    this.ranks[hello.rank] = { link, hello, ready: false, memory: null, loading: null, lastSeenMs: Date.now() };
     this.options.log.info({ rank: hello.rank, pid: hello.pid, device: hello.device, isa: hello.isa }, 'worker attached');
     this.options.onAttached(hello.rank);
     if (this.ranks.every((rank) => rank !== null)) this.beginEpoch();
@@ -266,9 +271,12 @@ export class WorkerGroup implements Engine {
     const rank = this.ranks[index]!;
     rank.lastSeenMs = Date.now();
     if (message.result) this.takeResult(index, message.result);
-    else if (message.heartbeat) rank.memory = message.heartbeat.memory ?? rank.memory;
-    else if (message.ready && message.ready.epoch === this.epochNumber) {
+    else if (message.heartbeat) {
+      rank.memory = message.heartbeat.memory ?? rank.memory;
+      if (!rank.ready) rank.loading = message.heartbeat.loading;
+    } else if (message.ready && message.ready.epoch === this.epochNumber) {
       rank.ready = true;
+      rank.loading = null;
       rank.memory = message.ready.memory;
       this.options.log.info({ rank: index, epoch: this.epochNumber, loadMs: message.ready.loadMs }, 'shard loaded');
       if (this.isReady) {

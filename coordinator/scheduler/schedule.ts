@@ -138,11 +138,21 @@ export function schedule<R extends RunningRequest, W extends WaitingRequest>(
   return new Planner(state, limits).plan();
 }
 
-/** What of one key wants more than a decoding step. */
+/** What one key wants and gets of the step. */
 interface Lane<R, W> {
   readonly key: string;
+  readonly weight: number;
+  /** Virtual token counter before the step. */
+  readonly counter: number;
+  /** What the step adds to the counter. */
+  charge: number;
+  /** Tokens that it has in this step. */
+  used: number;
+  /** Bound of `used`, and of `used` by decoding: where several keys share a step. */
+  share: number;
+  decodeShare: number;
   /** Longer runs of running requests. */
-  readonly long: { readonly request: R; readonly extend: PendingExtend }[];
+  readonly long: { readonly request: R; readonly extend: PendingExtend; readonly runTokens: number }[];
   longAt: number;
   queue: readonly W[];
   queueAt: number;
@@ -152,9 +162,16 @@ interface Lane<R, W> {
   isDone: boolean;
 }
 
-interface Decode<R> {
+/** What of a key is next. */
+type Turn<R, W> = { readonly lane: Lane<R, W> } & (
+  { readonly isLong: true; readonly request: R } | { readonly isLong: false; readonly request: W }
+);
+
+interface Decode<R, W> {
   readonly request: R;
   readonly extend: PendingExtend;
+  readonly runTokens: number;
+  readonly lane: Lane<R, W>;
 }
 
 /** What a key has of the server. */
@@ -169,7 +186,8 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private readonly admit: W[] = [];
   private readonly run: PendingExtend[] = [];
   private slice: StepPlan['slice'] = null;
-  private sliceRequest: Schedulable | null = null;
+  /** Of the request whose run is sliced. */
+  private sliceLane: Lane<R, W> | null = null;
   private tokens = 0;
   /** Bound of `tokens` in this step. */
   private stepTokens: number;
@@ -177,16 +195,17 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   private rows = 0;
   private freeBlocks: number;
   private sequences = 0;
+  /** Of each key that has a request. */
   private readonly lanes = new Map<string, Lane<R, W>>();
+  /** The last one that was looked up: mostly it is the same again. */
+  private lastLane: Lane<R, W> | null = null;
+  /** Of the keys that want more than decoding. */
+  private readonly longLanes: Lane<R, W>[] = [];
   /** How many Extends of this step write each shared block. */
   private readonly writers = new Map<number, number>();
   private readonly contexts = new Set<string>();
-  private readonly charges = new Map<string, number>();
-  /** Tokens that each key may have in this step, where several share it; and has. */
-  private shares: Map<string, number> | null = null;
-  private readonly used = new Map<string, number>();
-  /** Of these, how many decoded ones. */
-  private decodeShares: Map<string, number> | null = null;
+  /** Several keys share the step: each lane has its bounds. */
+  private isShared = false;
   private holdings: Map<string, Holding> | null = null;
   /** Of running requests; counting them takes a while. Filled with the holdings. */
   private readonly blocksOf = new Map<R, number>();
@@ -207,163 +226,177 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     const victim = this.takeDecodes() ?? this.takeLonger();
     if (victim) return { preempt: victim, admit: [], run: [], slice: null, charges: new Map() };
     this.sliceWithWhatIsLeft();
-    return { preempt: null, admit: this.admit, run: this.run, slice: this.slice, charges: this.charges };
+    const charges = new Map<string, number>();
+    for (const { key, charge } of this.lanes.values()) if (charge > 0) charges.set(key, charge);
+    return { preempt: null, admit: this.admit, run: this.run, slice: this.slice, charges };
   }
 
   /** @returns a request to preempt first */
   private takeDecodes(): R | null {
     const { running, slice, queues } = this.state;
-    const decodes: Decode<R>[] = [];
+    const decodes: Decode<R, W>[] = [];
     for (const request of running) {
+      const lane = this.lane(request.key);
       this.sequences += request.maxSequences;
       for (const extend of request.pending) {
-        if (extend === slice?.extend) this.sliceRequest = request;
-        else if (extend.runTokens > 1) this.lane(request.key).long.push({ request, extend });
-        else decodes.push({ request, extend });
+        if (extend === slice?.extend) {
+          this.sliceLane = lane;
+          continue;
+        }
+        const { runTokens } = extend;
+        if (runTokens <= 1) decodes.push({ request, extend, runTokens, lane });
+        else {
+          if (lane.long.length === 0) this.longLanes.push(lane);
+          lane.long.push({ request, extend, runTokens });
+        }
       }
     }
-    for (const queue of queues) if (queue.length > 0) this.lane(queue[0]!.key).queue = queue;
+    for (const queue of queues) {
+      if (queue.length === 0) continue;
+      const lane = this.lane(queue[0]!.key);
+      if (lane.long.length === 0) this.longLanes.push(lane);
+      lane.queue = queue;
+    }
     const mostDecodes = this.limits.maxExtends - (slice ? 1 : 0);
-    for (const { request, extend } of this.shareOut(decodes)) {
+    for (const { request, extend, runTokens, lane } of this.shareOut(decodes)) {
       if (this.run.length >= mostDecodes) break;
-      if (this.decodeShares && (this.used.get(request.key) ?? 0) >= this.decodeShares.get(request.key)!) continue;
+      if (lane.used >= lane.decodeShare) continue;
       const needed = this.neededBlocks(extend);
-      if (needed <= this.freeBlocks) this.take(request, extend, needed);
+      if (needed <= this.freeBlocks) this.take(lane, extend, runTokens, needed);
       else {
         const victim = this.worstBut(request);
         if (victim) return victim;
         // It is worth least itself: it waits, the others go on and leave their blocks in the end.
       }
     }
-    if (slice) this.continueSlice(slice, this.lanes.size > 0);
+    if (slice) this.continueSlice(slice, this.longLanes.length > 0);
     return null;
   }
 
-  /** Of the longer runs that a key alone would have in this step. */
-  private longTokens(key: string): number {
-    const lane = this.lanes.get(key);
-    let tokens = this.sliceRequest?.key === key ? this.state.slice!.runTokens : 0;
-    for (const { extend } of lane?.long ?? []) {
-      if (tokens >= this.limits.stepTokens) break;
-      tokens += extend.runTokens;
-    }
-    if (tokens === 0) tokens = lane?.queue[0]?.pending[0]?.runTokens ?? 0;
-    return Math.min(tokens, this.limits.stepTokens);
-  }
-
   /** In the order in which they get their turn; bounds the step, and what each key has of it, where several keys share it. */
-  private shareOut(decodes: readonly Decode<R>[]): readonly Decode<R>[] {
-    const { running, stepCost } = this.state;
-    const first = running[0]?.key ?? [...this.lanes.keys()][0];
-    const isShared = running.some(({ key }) => key !== first) || [...this.lanes.keys()].some((key) => key !== first);
-    if (!isShared || !stepCost) return decodes;
+  private shareOut(decodes: readonly Decode<R, W>[]): readonly Decode<R, W>[] {
+    const { stepCost } = this.state;
+    if (this.lanes.size < 2 || !stepCost) return decodes;
 
-    const byKey = new Map<string, Decode<R>[]>([...this.lanes.keys()].map((key) => [key, []]));
+    const decodesOf = new Map<Lane<R, W>, Decode<R, W>[]>(this.longLanes.map((lane) => [lane, []]));
     for (const decode of decodes) {
-      const own = byKey.get(decode.request.key);
+      const own = decodesOf.get(decode.lane);
       if (own) own.push(decode);
-      else byKey.set(decode.request.key, [decode]);
+      else decodesOf.set(decode.lane, [decode]);
     }
     let weights = 0;
-    for (const key of byKey.keys()) weights += this.weight(key);
+    for (const { weight } of decodesOf.keys()) weights += weight;
     let mostMs = Infinity;
-    for (const [key, own] of byKey) {
-      mostMs = Math.min(mostMs, (weights / this.weight(key)) * stepMs(stepCost, Math.max(1, own.length + this.longTokens(key))));
+    const modestFirst: { readonly lane: Lane<R, W>; readonly own: Decode<R, W>[]; readonly wanted: number }[] = [];
+    for (const [lane, own] of decodesOf) {
+      const wanted = own.length + this.longTokens(lane);
+      mostMs = Math.min(mostMs, (weights / lane.weight) * stepMs(stepCost, Math.max(1, wanted)));
+      modestFirst.push({ lane, own, wanted });
     }
-    const fair = Math.max(byKey.size, Math.floor(tokensWithin(stepCost, mostMs)));
+    const fair = Math.max(modestFirst.length, Math.floor(tokensWithin(stepCost, mostMs)));
     if (fair >= this.stepTokens) return decodes;
     this.stepTokens = fair;
 
-    this.shares = new Map();
-    this.decodeShares = new Map();
-    const inTurn: Decode<R>[] = [];
-    const wanted = new Map([...byKey].map(([key, own]) => [key, own.length + this.longTokens(key)]));
-    const modestFirst = [...byKey].sort(([a], [b]) => wanted.get(a)! / this.weight(a) - wanted.get(b)! / this.weight(b));
+    this.isShared = true;
+    for (const lane of this.lanes.values()) lane.share = 0;
+    const inTurn: Decode<R, W>[] = [];
+    modestFirst.sort((a, b) => a.wanted / a.lane.weight - b.wanted / b.lane.weight);
     let room = fair;
-    for (const [key, own] of modestFirst) {
-      const share = Math.min(wanted.get(key)!, Math.max(1, (room * this.weight(key)) / weights));
-      this.shares.set(key, share);
-      room -= share;
-      weights -= this.weight(key);
+    for (const { lane, own, wanted } of modestFirst) {
+      lane.share = Math.min(wanted, Math.max(1, (room * lane.weight) / weights));
+      room -= lane.share;
+      weights -= lane.weight;
 
-      const isLongLeft = wanted.get(key)! > own.length;
-      const count = Math.max(1, Math.floor(share * (isLongLeft ? 1 - LEAST_LONG : 1)));
-      this.decodeShares.set(key, count);
-      if (own.length > count) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
+      const isLongLeft = wanted > own.length;
+      lane.decodeShare = Math.max(1, Math.floor(lane.share * (isLongLeft ? 1 - LEAST_LONG : 1)));
+      if (own.length > lane.decodeShare) own.sort((a, b) => a.request.lastStep - b.request.lastStep); // they take turns
       for (const decode of own) inTurn.push(decode);
     }
     return inTurn;
   }
 
-  /** What is left in this step for a key. */
-  private roomFor(key: string): number {
-    const room = this.stepTokens - this.tokens;
-    return this.shares ? Math.min(room, (this.shares.get(key) ?? 0) - (this.used.get(key) ?? 0)) : room;
+  /** Of the longer runs that a key alone would have in this step. */
+  private longTokens(lane: Lane<R, W>): number {
+    let tokens = this.sliceLane === lane ? this.state.slice!.runTokens : 0;
+    for (const { runTokens } of lane.long) {
+      if (tokens >= this.limits.stepTokens) break;
+      tokens += runTokens;
+    }
+    if (tokens === 0) tokens = lane.queue[0]?.pending[0]?.runTokens ?? 0;
+    return Math.min(tokens, this.limits.stepTokens);
   }
 
-  /** @returns a request to preempt first */
+  /** What is left in this step for a key. */
+  private roomFor({ share, used }: Lane<R, W>): number {
+    return Math.min(this.stepTokens - this.tokens, share - used);
+  }
+
+  /** Nobody overtakes within a key; between keys the counters decide. @returns a request to preempt first */
   private takeLonger(): R | null {
-    for (;;) {
-      const next = this.nextLane();
-      if (!next) return null;
-      const { lane, isLong } = next;
-      if (isLong) {
-        const { request, extend } = lane.long[lane.longAt++]!;
+    const next = new TopOf<Turn<R, W>>((a, b) => this.compare(a, b) < 0);
+    for (const lane of this.longLanes) {
+      const turn = this.turnOf(lane);
+      if (turn) next.add(turn);
+    }
+    for (let turn = next.top; turn; turn = next.top) {
+      const { lane } = turn;
+      if (turn.isLong) {
+        const { extend, runTokens } = lane.long[lane.longAt++]!;
         const needed = this.neededBlocks(extend);
         if (needed > this.freeBlocks) {
-          const victim = this.worstBut(request);
+          const victim = this.worstBut(turn.request);
           if (victim) return victim;
-        } else if (!this.takeOrSlice(request, extend, needed) && this.isFull(lane)) return null;
-        continue;
-      }
-      const request = lane.queue[lane.queueAt]!;
-      if (this.blockedLanes > 0 && (this.isOverdue(request) || !this.isWithinShare(request))) this.block(lane);
-      else if (!this.hasRoomFor(request)) {
-        const victim = this.victimOf(request);
+        } else if (!this.takeOrSlice(lane, extend, runTokens, needed) && this.isFull(lane)) return null;
+      } else if (this.blockedLanes > 0 && (this.isOverdue(lane) || !this.isWithinShare(turn.request))) this.block(lane);
+      else if (!this.hasRoomFor(turn.request)) {
+        const victim = this.victimOf(turn.request);
         if (victim) return victim;
         this.block(lane);
-      } else if (this.begin(request)) lane.queueAt += 1;
+      } else if (this.begin(lane, turn.request)) lane.queueAt += 1;
       else if (this.isFull(lane)) return null;
       if (this.blockedLanes === MOST_BLOCKED) return null;
+      next.replaceTop(this.turnOf(lane));
     }
+    return null;
+  }
+
+  /** What a key wants next. */
+  private turnOf(lane: Lane<R, W>): Turn<R, W> | null {
+    if (lane.isDone) return null;
+    const long = lane.long[lane.longAt]?.request;
+    const waiting = lane.isBlocked || lane.queue[lane.queueAt]?.isHeldBack ? undefined : lane.queue[lane.queueAt];
+    // A key's own requests go by priority and age.
+    if (long && (!waiting || long.priority > waiting.priority || (long.priority === waiting.priority && long.id < waiting.id))) {
+      return { lane, isLong: true, request: long };
+    }
+    return waiting ? { lane, isLong: false, request: waiting } : null;
   }
 
   /** Whether the step is, and not only this key's share of it. */
   private isFull(lane: Lane<R, W>): boolean {
     lane.isDone = true;
-    return this.shares === null;
+    return !this.isShared;
   }
 
   private block(lane: Lane<R, W>): void {
-    if (this.blockedLanes === 0) this.blockedCounter = this.counter(lane.key);
+    if (this.blockedLanes === 0) this.blockedCounter = lane.counter + lane.charge;
     this.blockedLanes += 1;
     lane.isBlocked = true;
   }
 
   /** Others have gone on long enough while somebody waited for blocks. */
-  private isOverdue({ key }: W): boolean {
-    return this.counter(key) - this.blockedCounter > PATIENCE_STEPS * this.limits.stepTokens;
-  }
-
-  /** Nobody overtakes within a key; between keys the counters decide. */
-  private nextLane(): { lane: Lane<R, W>; isLong: boolean } | null {
-    let best: { lane: Lane<R, W>; isLong: boolean; rank: Rank } | null = null;
-    for (const lane of this.lanes.values()) {
-      if (lane.isDone) continue;
-      const long = lane.long[lane.longAt]?.request;
-      const waiting = lane.isBlocked || lane.queue[lane.queueAt]?.isHeldBack ? undefined : lane.queue[lane.queueAt];
-      const isLong = long !== undefined && (waiting === undefined || this.compare(long, waiting) < 0);
-      const rank = isLong ? long : waiting;
-      if (rank && (!best || this.compare(rank, best.rank) < 0)) best = { lane, isLong, rank };
-    }
-    return best;
+  private isOverdue({ counter, charge }: Lane<R, W>): boolean {
+    return counter + charge - this.blockedCounter > PATIENCE_STEPS * this.limits.stepTokens;
   }
 
   /** @returns false if the step has no room for any of its Extends */
-  private begin(request: W): boolean {
-    const isBegun =
-      request.pending.reduce((taken, extend, i) => (taken === i && this.takeOrSlice(request, extend, 0) ? taken + 1 : taken), 0) > 0;
-    if (!isBegun) return false;
+  private begin(lane: Lane<R, W>, request: W): boolean {
+    let begun = 0;
+    for (const extend of request.pending) {
+      if (!this.takeOrSlice(lane, extend, extend.runTokens, 0)) break;
+      begun += 1;
+    }
+    if (begun === 0) return false;
     this.admit.push(request);
     this.sequences += request.maxSequences;
     this.freeBlocks -= request.neededBlocks;
@@ -386,48 +419,47 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     return extend.newBlocks + (extend.sharedHolders - writers > 1 ? 1 : 0);
   }
 
-  private take(request: Schedulable, extend: PendingExtend, needed: number): void {
+  private take(lane: Lane<R, W>, extend: PendingExtend, runTokens: number, needed: number): void {
     this.run.push(extend);
-    const { runTokens } = extend;
-    this.reserve(extend, needed, runTokens);
-    this.count(request, runTokens, runTokens === 1 ? DECODE_CHARGE : runTokens);
+    this.reserve(extend, runTokens, needed);
+    this.count(lane, runTokens, runTokens === 1 ? DECODE_CHARGE : runTokens);
   }
 
-  private reserve(extend: PendingExtend, needed: number, runTokens: number): void {
+  private reserve(extend: PendingExtend, runTokens: number, needed: number): void {
     this.freeBlocks -= needed;
     this.rows += runTokens;
-    if (extend.sharedBlock >= 0) this.writers.set(extend.sharedBlock, (this.writers.get(extend.sharedBlock) ?? 0) + 1);
-    if (extend.computesContext !== null) this.contexts.add(extend.computesContext);
+    const { sharedBlock, computesContext } = extend;
+    if (sharedBlock >= 0) this.writers.set(sharedBlock, (this.writers.get(sharedBlock) ?? 0) + 1);
+    if (computesContext !== null) this.contexts.add(computesContext);
   }
 
-  private count({ key }: Schedulable, tokens: number, charge: number): void {
+  private count(lane: Lane<R, W>, tokens: number, charge: number): void {
     this.tokens += tokens;
-    this.used.set(key, (this.used.get(key) ?? 0) + tokens);
-    this.charges.set(key, (this.charges.get(key) ?? 0) + charge / this.weight(key));
+    lane.used += tokens;
+    lane.charge += charge / lane.weight;
   }
 
   /** @returns false: the step has no room for it, and for nothing behind it */
-  private takeOrSlice(request: Schedulable, extend: PendingExtend, needed: number): boolean {
+  private takeOrSlice(lane: Lane<R, W>, extend: PendingExtend, runTokens: number, needed: number): boolean {
     if (extend.computesContext !== null && this.contexts.has(extend.computesContext)) return true; // it will find the context computed
     if (this.run.length + (this.slice ? 1 : 0) >= this.limits.maxExtends) return false;
-    const { runTokens } = extend;
-    const room = Math.min(this.roomFor(request.key), this.limits.maxBatchTokens - this.rows);
+    const room = Math.min(this.roomFor(lane), this.limits.maxBatchTokens - this.rows);
     if (runTokens <= room) {
-      this.take(request, extend, needed);
+      this.take(lane, extend, runTokens, needed);
       return true;
     }
     if (this.slice || this.rows + runTokens > this.limits.maxBatchTokens) return false;
-    this.reserve(extend, needed, runTokens);
-    this.sliceRequest = request;
-    this.sliceUp({ extend, runTokens, nextLayer: 0 }, this.shares ? Math.max(0, room) : Math.max(room, this.leastSlice));
+    this.reserve(extend, runTokens, needed);
+    this.sliceLane = lane;
+    this.sliceUp({ extend, runTokens, nextLayer: 0 }, this.isShared ? Math.max(0, room) : Math.max(room, this.leastSlice));
     return true;
   }
 
   private continueSlice(slice: SliceUnderWay, othersWait: boolean): void {
-    const room = Math.max(0, this.roomFor(this.sliceRequest!.key));
+    const room = Math.max(0, this.roomFor(this.sliceLane!));
     this.rows += slice.runTokens;
     if (slice.extend.computesContext !== null) this.contexts.add(slice.extend.computesContext);
-    this.sliceUp(slice, this.shares ? room : Math.max(othersWait ? room / 2 : room, this.leastSlice));
+    this.sliceUp(slice, this.isShared ? room : Math.max(othersWait ? room / 2 : room, this.leastSlice));
   }
 
   /** Nobody else could use it. */
@@ -445,7 +477,7 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
     const layers = Math.min(this.layersFor(runTokens, budget), numLayers - nextLayer);
     this.slice = { extend, runTokens, firstLayer: nextLayer, endLayer: nextLayer + layers };
     const tokens = (runTokens * layers) / numLayers;
-    this.count(this.sliceRequest!, tokens, tokens);
+    this.count(this.sliceLane!, tokens, tokens);
   }
 
   private get leastSlice(): number {
@@ -457,18 +489,16 @@ class Planner<R extends RunningRequest, W extends WaitingRequest> {
   }
 
   private lane(key: string): Lane<R, W> {
+    if (this.lastLane?.key === key) return this.lastLane;
     let lane = this.lanes.get(key);
-    if (!lane) this.lanes.set(key, (lane = { key, long: [], longAt: 0, queue: [], queueAt: 0, isBlocked: false, isDone: false }));
+    if (!lane) this.lanes.set(key, (lane = newLane(key, this.state.keys.get(key))));
+    this.lastLane = lane;
     return lane;
   }
 
   /** Negative: a goes first. */
-  private compare(a: Rank, b: Rank): number {
-    return b.priority - a.priority || this.counter(a.key) - this.counter(b.key) || a.id - b.id;
-  }
-
-  private counter(key: string): number {
-    return (this.state.keys.get(key)?.counter ?? 0) + (this.charges.get(key) ?? 0);
+  private compare({ lane: a, request: { priority: priorityA, id: idA } }: Turn<R, W>, { lane: b, request }: Turn<R, W>): number {
+    return request.priority - priorityA || a.counter + a.charge - (b.counter + b.charge) || idA - request.id;
   }
 
   private weight(key: string): number {
@@ -569,4 +599,61 @@ function add(holdings: Map<string, Holding>, key: string, moreBlocks: number, mo
   holdings.set(key, { blocks: blocks + moreBlocks, sequences: sequences + moreSequences });
 }
 
-type Rank = Pick<Schedulable, 'id' | 'key' | 'priority'>;
+function newLane<R, W>(key: string, share: KeyShare | undefined): Lane<R, W> {
+  return {
+    key,
+    weight: share?.weight ?? 1,
+    counter: share?.counter ?? 0,
+    charge: 0,
+    used: 0,
+    share: Infinity,
+    decodeShare: Infinity,
+    long: [],
+    longAt: 0,
+    queue: [],
+    queueAt: 0,
+    isBlocked: false,
+    isDone: false,
+  };
+}
+
+/** A binary heap. Only the top one can come to be worth less. */
+class TopOf<Item> {
+  private readonly items: Item[] = [];
+
+  constructor(private readonly isBefore: (a: Item, b: Item) => boolean) {}
+
+  get top(): Item | null {
+    return this.items[0] ?? null;
+  }
+
+  add(item: Item): void {
+    const { items } = this;
+    let at = items.length;
+    items.push(item);
+    while (at > 0) {
+      const parent = (at - 1) >> 1;
+      if (!this.isBefore(item, items[parent]!)) break;
+      items[at] = items[parent]!;
+      at = parent;
+    }
+    items[at] = item;
+  }
+
+  /** @param item null: the top one goes */
+  replaceTop(item: Item | null): void {
+    const { items } = this;
+    const moved = item ?? items.pop()!;
+    if (items.length === 0) return;
+    let at = 0;
+    for (;;) {
+      let child = 2 * at + 1;
+      if (child >= items.length) break;
+      if (child + 1 < items.length && this.isBefore(items[child + 1]!, items[child]!)) child += 1;
+      if (!this.isBefore(items[child]!, moved)) break;
+      items[at] = items[child]!;
+      at = child;
+    }
+    items[at] = moved;
+  }
+}

@@ -157,7 +157,7 @@ export function adoptContext(sequence: SequenceState, source: ContextSource, blo
 }
 
 /** After the step that ran it. */
-export function applyRun({ sequence, firstToken }: Run, blocks: BlockManager): void {
+export function applyRun({ sequence, firstToken }: Pick<Run, 'sequence' | 'firstToken'>, blocks: BlockManager): void {
   sequence.cachedTokens = sequence.length;
   sequence.settledTokens = sequence.length;
   for (let i = Math.floor(firstToken / blocks.blockSize); i < sequence.blocks.length; i++) blocks.markFilled(sequence.blocks[i]!);

@@ -59,7 +59,7 @@ const config = parseModelConfig(JSON.parse(readFileSync(join(tinyModelDir, 'conf
 
 export function statusSources(given: Partial<StatusSources> = {}): StatusSources {
   const memory = { weightBytes: 1000, kvBytes: 2000, workspaceBytes: 300, rssBytes: 5000 };
-  const rank = { state: 'ready', device: 'cpu', isa: 'avx2', memory } as const;
+  const rank = { state: 'ready', device: 'cpu', isa: 'avx2', memory, loading: { doneBytes: 0, totalBytes: 0 } } as const;
   return {
     state: 'ready',
     reason: '',

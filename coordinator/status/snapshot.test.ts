@@ -13,7 +13,7 @@ test('while the model loads there is a status, all zeros', () => {
     reason: 'the workers load their shards',
     loop: null,
     epoch: 0,
-    ranks: [{ ...absent, memory }],
+    ranks: [{ ...absent, memory, loading: { doneBytes: 0, totalBytes: 0 } }],
   });
   const status = statusSnapshot(sources);
   expect(status).toMatchObject({

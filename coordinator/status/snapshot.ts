@@ -58,7 +58,7 @@ export function statusSnapshot(sources: StatusSources, unixSeconds: number = Dat
       weights: model.weights,
       hasTokenizer: model.hasTokenizer,
     },
-    workers: sources.ranks.map(({ rank, state, pid, device, isa, memory, heartbeatAgeMs }) => ({
+    workers: sources.ranks.map(({ rank, state, pid, device, isa, memory, loading, heartbeatAgeMs }) => ({
       rank,
       pid,
       state,
@@ -69,6 +69,8 @@ export function statusSnapshot(sources: StatusSources, unixSeconds: number = Dat
       kvBytes: memory.kvBytes,
       workspaceBytes: memory.workspaceBytes,
       rssBytes: memory.rssBytes,
+      loadedBytes: loading.doneBytes,
+      loadBytes: loading.totalBytes,
       heartbeatAgeSeconds: heartbeatAgeMs / 1000,
       restarts: sources.restarts(rank),
       computeSeconds: stats.ranks[rank]?.computeSeconds ?? 0,

@@ -10,6 +10,15 @@ export interface QuantizedRows {
   readonly scales: Uint16Array;
 }
 
+export interface QuantizeOptions {
+  /** Equal runs of columns with a scale each; divides the columns, and for 4 bits leaves an even number of columns. */
+  readonly groups: number;
+  readonly bits: QuantizedBits;
+  /** Of the tensor, for an error; and which of its rows comes first. */
+  readonly name: string;
+  readonly firstRow?: number;
+}
+
 /**
  * The symmetric vector-wise scheme of GLM-130B's quantization/functional.py, bit for bit as PyTorch computes it on a CPU (model-spec
  * section 1.3): for each row and group of columns
@@ -19,15 +28,9 @@ export interface QuantizedRows {
  * Nothing is clamped: with a subnormal scale the quotient can pass 127 and wraps. Where the scale is 0, q is 0.
  *
  * @param weights fp16 [rows, columns], dense
- * @param groups equal runs of columns with a scale each; divides `columns`, and for 4 bits leaves an even number of columns
- * @param name of the tensor, for an error
  * @throws CheckpointError where a weight is infinite or NaN
  */
-export function quantizeRows(
-  weights: Uint16Array,
-  columns: number,
-  { groups, bits, name }: { groups: number; bits: QuantizedBits; name: string },
-): QuantizedRows {
+export function quantizeRows(weights: Uint16Array, columns: number, { groups, bits, name, firstRow = 0 }: QuantizeOptions): QuantizedRows {
   const rows = weights.length / columns;
   const groupSize = columns / groups;
   const qmax = 2 ** (bits - 1) - 1;
@@ -38,9 +41,7 @@ export function quantizeRows(
     const end = begin + groupSize;
     const largest = largestMagnitude(weights, begin, end);
     if (largest >= 0x7c00) {
-      throw new CheckpointError(
-        `tensor ${name} holds an infinite or NaN weight in row ${Math.floor(group / groups)}: it cannot be quantised`,
-      );
+      throw notFinite(name, firstRow + Math.floor(group / groups));
     }
     const scaleBits = floatToHalf(halfToFloat[largest]! / qmax);
     scales[group] = scaleBits;
@@ -49,6 +50,10 @@ export function quantizeRows(
     for (let i = begin; i < end; i++) quotients[i] = quotientAsInt(halfToFloat[weights[i]!]! / scale);
   }
   return { qweight: bits === 8 ? new Uint8Array(quotients.buffer) : packInt4(quotients), scales };
+}
+
+export function notFinite(name: string, row: number): CheckpointError {
+  return new CheckpointError(`tensor ${name} holds an infinite or NaN weight in row ${row}: it cannot be quantised`);
 }
 
 /** Two values of -8..7 a byte, the even index in the high nibble. An odd count is a defect of the caller. */

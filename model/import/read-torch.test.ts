@@ -205,7 +205,9 @@ describe('damaged files', () => {
     data[at + 3] = 99;
     writeFileSync(path, data);
     const file = await TorchFile.open(path);
-    await expect(file.readTensor(file.tensors.get('x')!)).rejects.toThrow('the data of entry archive/data/0 does not match its CRC-32');
+    await expect(file.readTensor(file.tensors.get('x')!)).rejects.toThrow(
+      `tensor x does not match its CRC-32 (${path}, entry archive/data/0): ${path} is damaged`,
+    );
     await file.close();
   });
 

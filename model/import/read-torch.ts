@@ -1,25 +1,10 @@
 import { crc32 } from 'node:zlib';
 import { CheckpointError } from '../../common/errors.js';
+import { ByteSource, namesOf } from './byte-source.js';
 import { parsePickle, PickleDict, TensorRef, type StorageRef } from './pickle.js';
 import { StoredZip } from './stored-zip.js';
-
-export type TorchDtype = 'float16' | 'float32' | 'float64' | 'bfloat16' | 'int8' | 'uint8' | 'int16' | 'int32' | 'int64' | 'bool';
-
-export interface TorchTensor {
-  readonly name: string;
-  readonly dtype: TorchDtype;
-  readonly itemBytes: number;
-  readonly shape: readonly number[];
-  /** In elements. */
-  readonly strides: readonly number[];
-  /** First element in its storage. */
-  readonly storageOffset: number;
-  /** Entry of the archive that holds the storage. */
-  readonly entry: string;
-}
-
-/** Bytes that a read of a strided view may take in one go beyond what it returns. */
-const gatherBytes = 64 * 2 ** 20;
+import { spanOf, TensorReader } from './tensor-reader.js';
+import type { TorchDtype, TorchTensor } from './torch-tensor.js';
 
 /**
  * The tensors under `module` of one torch.save file (model-spec section 1.1). The pickle is read by {@link parsePickle} and executes
@@ -27,29 +12,31 @@ const gatherBytes = 64 * 2 ** 20;
  * entry in the archive, before anything is read.
  */
 export class TorchFile {
-  /** Running CRC-32 of the entries that are being read from front to back. */
-  private readonly checksums = new Map<string, { end: number; crc: number }>();
+  /** Of the tensors that were read last, as their checksums run from one call to the next. */
+  private readonly readers = new Map<string, TensorReader>();
 
   private constructor(
+    /** What to call it. */
     readonly path: string,
-    private readonly zip: StoredZip,
+    private readonly source: ByteSource,
     /** By name, in the order of the file. */
     readonly tensors: ReadonlyMap<string, TorchTensor>,
   ) {}
 
-  /** @throws CheckpointError */
-  static async open(path: string): Promise<TorchFile> {
-    const zip = await StoredZip.open(path);
+  /** @param from a path, or the bytes, which stay the caller's then @throws CheckpointError */
+  static async open(from: string | ByteSource): Promise<TorchFile> {
+    const source = typeof from === 'string' ? ByteSource.open([from]) : from;
     try {
-      return new TorchFile(path, zip, await readTensorList(zip));
+      return new TorchFile(source.label, source, await readTensorList(await StoredZip.open(source)));
     } catch (error) {
-      await zip.close();
+      if (source !== from) source.close();
       throw error;
     }
   }
 
+  /** Closes the file that {@link open} was given by its path. */
   async close(): Promise<void> {
-    await this.zip.close();
+    this.source.close();
   }
 
   /**
@@ -57,18 +44,10 @@ export class TorchFile {
    * back is checked against the archive's CRC-32 with its last byte.
    */
   async readRows(tensor: TorchTensor, begin: number, end: number): Promise<Buffer> {
-    const [rows = 1, ...rowShape] = tensor.shape;
-    if (!(begin >= 0 && begin <= end && end <= rows)) throw new RangeError(`rows ${begin} to ${end} of ${tensor.name}, which has ${rows}`);
-    const out = Buffer.allocUnsafe((end - begin) * product(rowShape) * tensor.itemBytes);
-    const limit = Math.max(gatherBytes, 2 * product(tensor.shape) * tensor.itemBytes);
-    const first = tensor.storageOffset + begin * (tensor.strides[0] ?? 0);
-    await this.gather(
-      tensor,
-      { shape: [end - begin, ...rowShape], strides: [tensor.strides[0] ?? 0, ...tensor.strides.slice(1)] },
-      first,
-      out,
-      limit,
-    );
+    const reader = this.readers.get(tensor.name) ?? new TensorReader(tensor);
+    this.readers.set(tensor.name, reader);
+    const out = Buffer.allocUnsafe((end - begin) * reader.rowBytes);
+    reader.readRows(begin, end, out);
     return out;
   }
 
@@ -76,44 +55,6 @@ export class TorchFile {
   async readTensor(tensor: TorchTensor): Promise<Buffer> {
     return this.readRows(tensor, 0, tensor.shape[0] ?? 1);
   }
-
-  /** Copies a strided block, of which `first` is the first element, into dense `out`; what it spans is read at once if that is little enough. */
-  private async gather(tensor: TorchTensor, block: StridedBlock, first: number, out: Buffer, limit: number): Promise<void> {
-    const { itemBytes } = tensor;
-    const span = spanOf(block);
-    if (span === 0) return;
-    if (span * itemBytes <= limit) {
-      const bytes = await this.readEntry(tensor.entry, first * itemBytes, (first + span) * itemBytes);
-      copyStrided(bytes, block, itemBytes, out);
-      return;
-    }
-    const [count = 1, ...innerShape] = block.shape;
-    const [stride = 0, ...innerStrides] = block.strides;
-    const inner = { shape: innerShape, strides: innerStrides };
-    const innerBytes = product(innerShape) * itemBytes;
-    for (let i = 0; i < count; i++) {
-      await this.gather(tensor, inner, first + i * stride, out.subarray(i * innerBytes, (i + 1) * innerBytes), limit);
-    }
-  }
-
-  private async readEntry(name: string, begin: number, end: number): Promise<Buffer> {
-    const bytes = await this.zip.read(name, begin, end);
-    const running = begin === 0 ? { end: 0, crc: 0 } : this.checksums.get(name);
-    if (running?.end !== begin) return bytes;
-    running.crc = crc32(bytes, running.crc);
-    running.end = end;
-    this.checksums.set(name, running);
-    const entry = this.zip.entry(name)!;
-    if (end === entry.size && running.crc !== entry.crc32) {
-      throw new CheckpointError(`${this.path}: the data of entry ${name} does not match its CRC-32: the file is damaged, fetch it again`);
-    }
-    return bytes;
-  }
-}
-
-interface StridedBlock {
-  readonly shape: readonly number[];
-  readonly strides: readonly number[];
 }
 
 async function readTensorList(zip: StoredZip): Promise<Map<string, TorchTensor>> {
@@ -127,7 +68,8 @@ async function readTensorList(zip: StoredZip): Promise<Map<string, TorchTensor>>
   if (pickle.size > 16 * 2 ** 20) throw new CheckpointError(`${zip.path}: data.pkl has ${pickle.size} bytes, at most 16 MiB are read`);
   const bytes = await zip.read(pickle.name, 0, pickle.size);
   if (crc32(bytes) !== pickle.crc32) {
-    throw new CheckpointError(`${zip.path}: data.pkl does not match its CRC-32: the file is damaged, fetch it again`);
+    const where = namesOf(zip.content(pickle.name).extents);
+    throw new CheckpointError(`${zip.path}: data.pkl does not match its CRC-32: ${where} is damaged or not in its place, fetch it again`);
   }
 
   const top = parsePickle(bytes, zip.path);
@@ -138,7 +80,7 @@ async function readTensorList(zip: StoredZip): Promise<Map<string, TorchTensor>>
   const tensors = new Map<string, TorchTensor>();
   for (const [name, value] of module) {
     if (typeof name !== 'string' || !(value instanceof TensorRef)) continue; // the importer says which names are missing
-    tensors.set(name, await checkTensor(zip, root, name, value));
+    tensors.set(name, checkTensor(zip, root, name, value));
   }
   return tensors;
 }
@@ -153,13 +95,13 @@ async function checkByteOrder(zip: StoredZip, name: string): Promise<void> {
   }
 }
 
-async function checkTensor(zip: StoredZip, root: string, name: string, ref: TensorRef): Promise<TorchTensor> {
+function checkTensor(zip: StoredZip, root: string, name: string, ref: TensorRef): TorchTensor {
   const label = `${zip.path}: tensor ${name}`;
   const { storage } = ref;
   const { dtype, itemBytes } = storageDtypes[storage.type]!;
   const entryName = `${root}/data/${storage.key}`;
-  await checkStorage(zip, label, storage, entryName, itemBytes);
-  const numElements = product(ref.shape);
+  const { content, crc32 } = checkStorage(zip, { name, label, storage, entryName, itemBytes });
+  const numElements = ref.shape.reduce((total, count) => total * count, 1);
   if (numElements > storage.numElements) {
     throw new CheckpointError(`${label} has shape [${ref.shape.join(', ')}], more elements than its storage of ${storage.numElements}`);
   }
@@ -170,10 +112,28 @@ async function checkTensor(zip: StoredZip, root: string, name: string, ref: Tens
         `leaves its storage of ${storage.numElements} elements`,
     );
   }
-  return { name, dtype, itemBytes, shape: ref.shape, strides: ref.strides, storageOffset: ref.offset, entry: entryName };
+  return {
+    name,
+    dtype,
+    itemBytes,
+    shape: ref.shape,
+    strides: ref.strides,
+    storageOffset: ref.offset,
+    storage: { label: content.label, extents: content.extents },
+    crc32,
+  };
 }
 
-async function checkStorage(zip: StoredZip, label: string, storage: StorageRef, entryName: string, itemBytes: number): Promise<void> {
+function checkStorage(
+  zip: StoredZip,
+  {
+    name,
+    label,
+    storage,
+    entryName,
+    itemBytes,
+  }: { name: string; label: string; storage: StorageRef; entryName: string; itemBytes: number },
+): { content: ByteSource; crc32: number } {
   const entry = zip.entry(entryName);
   if (entry === undefined) throw new CheckpointError(`${label}: the archive has no entry ${JSON.stringify(entryName)} for its storage`);
   if (entry.size !== storage.numElements * itemBytes) {
@@ -181,41 +141,7 @@ async function checkStorage(zip: StoredZip, label: string, storage: StorageRef, 
       `${label}: its storage should have ${storage.numElements} elements of ${itemBytes} bytes, entry ${entryName} has ${entry.size} bytes`,
     );
   }
-  await zip.locate(entryName);
-}
-
-/** Elements from the first to the last one of a strided block, both included; 0 for a block without elements. */
-function spanOf(block: StridedBlock): number {
-  let last = 0;
-  for (const [axis, count] of block.shape.entries()) {
-    if (count === 0) return 0;
-    last += (count - 1) * block.strides[axis]!;
-  }
-  return last + 1; // beyond 2^53 it is inexact but still far larger than any storage
-}
-
-function product(shape: readonly number[]): number {
-  return shape.reduce((total, count) => total * count, 1);
-}
-
-/** `source` starts at the block's first element. */
-function copyStrided(source: Buffer, block: StridedBlock, itemBytes: number, out: Buffer): void {
-  const axes = block.shape.length;
-  // The innermost axes that lie densely are copied as one run.
-  let run = 1;
-  let outer = axes;
-  while (outer > 0 && (block.strides[outer - 1] === run || block.shape[outer - 1] === 1)) run *= block.shape[--outer]!;
-  const index = new Array<number>(outer).fill(0);
-  let from = 0;
-  for (let to = 0; to < out.length; to += run * itemBytes) {
-    source.copy(out, to, from * itemBytes, (from + run) * itemBytes);
-    for (let axis = outer - 1; axis >= 0; axis--) {
-      from += block.strides[axis]!;
-      if (++index[axis]! < block.shape[axis]!) break;
-      from -= block.shape[axis]! * block.strides[axis]!;
-      index[axis] = 0;
-    }
-  }
+  return { content: zip.content(entryName, `tensor ${name}`), crc32: entry.crc32 };
 }
 
 const storageDtypes: Readonly<Record<string, { dtype: TorchDtype; itemBytes: number }>> = {

@@ -3,7 +3,7 @@ import { CheckpointError } from '../../common/errors.js';
 import type { ModelConfig } from '../model-config.js';
 import { glmTensors, type GlmTensor } from '../store/glm-tensors.js';
 import type { QuantizedBits } from './quantize.js';
-import type { TorchTensor } from './read-torch.js';
+import type { TorchTensor } from './torch-tensor.js';
 import type { SatCheckpoint } from './sat-checkpoint.js';
 import { shardShape } from './split.js';
 
@@ -26,7 +26,7 @@ export function findSourceTensors(checkpoint: SatCheckpoint, config: ModelConfig
   const other = linear.find(({ quantized }) => (quantized?.bits ?? null) !== bits);
   if (other !== undefined) {
     throw new CheckpointError(
-      `${checkpoint.dir}: ${linear[0]!.tensor.name} is ${describeBits(bits)} but ${other.tensor.name} is ${describeBits(other.quantized?.bits ?? null)}; ` +
+      `${checkpoint.label}: ${linear[0]!.tensor.name} is ${describeBits(bits)} but ${other.tensor.name} is ${describeBits(other.quantized?.bits ?? null)}; ` +
         'a checkpoint is quantised as a whole or not at all',
     );
   }
@@ -46,7 +46,7 @@ function findSourceTensor(checkpoint: SatCheckpoint, tensor: GlmTensor): SourceT
   const expected = shardShape(tensor.split, tensor.shape, numRanks);
   if (expected === null) {
     throw new CheckpointError(
-      `${checkpoint.dir}: ${numRanks} ranks do not divide ${tensor.name} ${shapeText(tensor.shape)}; a rank file is missing, or the configuration is another model's`,
+      `${checkpoint.label}: ${numRanks} ranks do not divide ${tensor.name} ${shapeText(tensor.shape)}; a rank file is missing, or the configuration is another model's`,
     );
   }
   const [first] = shards;
@@ -74,7 +74,7 @@ function findShards(checkpoint: SatCheckpoint, name: string): TorchTensor[] {
   for (const [rank, shard] of shards.entries()) {
     if (describe(shard) !== describe(first)) {
       throw new CheckpointError(
-        `${checkpoint.dir}: tensor ${name} is ${describe(first)} in ${rankName(checkpoint, 0)} but ${describe(shard)} in ${rankName(checkpoint, rank)}`,
+        `${checkpoint.label}: tensor ${name} is ${describe(first)} in ${rankName(checkpoint, 0)} but ${describe(shard)} in ${rankName(checkpoint, rank)}`,
       );
     }
   }
@@ -88,7 +88,7 @@ function expectTensor(
 ): void {
   if (expected.dtypes.includes(seen.dtype) && shapeText(seen.shape) === shapeText(expected.shape)) return;
   throw new CheckpointError(
-    `${checkpoint.dir}: tensor ${seen.name} is ${describe(seen)} in each of ${checkpoint.ranks.length} rank files, ` +
+    `${checkpoint.label}: tensor ${seen.name} is ${describe(seen)} in each of ${checkpoint.ranks.length} rank files, ` +
       `expected ${expected.dtypes.join(' or ')} ${shapeText(expected.shape)}; a rank file is missing, or the configuration is another model's`,
   );
 }

@@ -38,9 +38,13 @@ export function shardShape(kind: SplitKind, shape: readonly number[], numRanks: 
 export function mergeColumns(shards: readonly Uint8Array[], rows: number): Uint8Array {
   const [only] = shards;
   if (only !== undefined && shards.length === 1) return only;
-  const shardRowBytes = only === undefined || rows === 0 ? 0 : only.length / rows;
-  const rowBytes = shardRowBytes * shards.length;
-  const whole = new Uint8Array(rows * rowBytes);
+  return mergeColumnsInto(shards, rows, new Uint8Array(shards.reduce((sum, { length }) => sum + length, 0)));
+}
+
+/** {@link mergeColumns} into `whole`, which has as many bytes as all shards. @returns `whole` */
+export function mergeColumnsInto<Bytes extends Uint8Array>(shards: readonly Uint8Array[], rows: number, whole: Bytes): Bytes {
+  const rowBytes = rows === 0 ? 0 : whole.length / rows;
+  const shardRowBytes = rowBytes / shards.length;
   for (const [rank, shard] of shards.entries()) {
     for (let row = 0; row < rows; row++) {
       whole.set(shard.subarray(row * shardRowBytes, (row + 1) * shardRowBytes), row * rowBytes + rank * shardRowBytes);

@@ -22,7 +22,7 @@ beforeAll(async () => {
 });
 
 test('a store is the files that store/README.md names', () => {
-  expect(readdirSync(plain).sort()).toEqual(['config.json', shardName, 'model.safetensors.index.json']);
+  expect(readdirSync(plain).sort()).toEqual(['config.json', 'manifest.json', shardName, 'model.safetensors.index.json']);
 });
 
 test('the data part of a file starts at a multiple of 64 bytes', async () => {
@@ -292,8 +292,20 @@ test('a store without recorded checksums opens, and says that it cannot be verif
   const dir = join(scratch, 'unrecorded');
   cpSync(plain, dir, { recursive: true });
   editJson(join(dir, index), (json) => delete json.metadata);
+  rmSync(join(dir, 'manifest.json'));
   const { tensors } = await openStore(dir);
   await expect(verifyTensor(tensors[0]!)).rejects.toThrow(`tensor ${embeddings} has no recorded SHA-256`);
+});
+
+test('the checksums that earlier versions kept in the index are read from there', async () => {
+  const dir = join(scratch, 'earlier');
+  cpSync(plain, dir, { recursive: true });
+  const [first] = (await openStore(plain)).tensors;
+  editJson(join(dir, index), (json) => (json.metadata = { sha256: { [embeddings]: first!.sha256! } }));
+  rmSync(join(dir, 'manifest.json'));
+  const { tensors } = await openStore(dir);
+  expect(tensors[0]!.sha256).toBe(first!.sha256);
+  await verifyTensor(tensors[0]!);
 });
 
 function patch(dir: string, change: (bytes: Buffer) => void): void {

@@ -5,6 +5,7 @@ import { z } from 'zod';
 import { CheckpointError } from '../../common/errors.js';
 import { parseModelConfig, type ModelConfig } from '../model-config.js';
 import { glmTensors, quantizedNames, type GlmTensor } from './glm-tensors.js';
+import { readManifest } from './manifest.js';
 import { readJsonFile } from './read-json-file.js';
 import { readSafetensorsHeader, type SafetensorsEntry } from './safetensors-header.js';
 import { configFileName, indexFileName, type StoreDtype, type StoreQuantization } from './store-format.js';
@@ -79,6 +80,7 @@ const quantizationFile = z.object({
 });
 
 const indexFile = z.object({
+  // The checksums of stores from before there was a manifest.
   metadata: z.object({ sha256: z.record(z.string(), z.string().regex(/^[0-9a-f]{64}$/)).optional() }).optional(),
   // A plain name: nothing that an index says leads out of the store's folder.
   weight_map: z.record(z.string(), z.string().regex(/^[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$/)),
@@ -95,6 +97,7 @@ async function readTensors(dir: string): Promise<Map<string, StoreTensor>> {
     );
   }
   const { weight_map: weightMap, metadata } = parsed.data;
+  const manifest = await readManifest(dir);
   const headers = new Map<string, Map<string, SafetensorsEntry>>();
   for (const file of new Set(Object.values(weightMap))) headers.set(file, await readSafetensorsHeader(join(dir, file)));
 
@@ -102,7 +105,8 @@ async function readTensors(dir: string): Promise<Map<string, StoreTensor>> {
   for (const [name, file] of Object.entries(weightMap)) {
     const entry = headers.get(file)!.get(name);
     if (entry === undefined) throw new CheckpointError(`${indexPath} says that tensor ${name} is in ${file}, which does not have it`);
-    tensors.set(name, { name, file: join(dir, file), ...entry, sha256: metadata?.sha256?.[name] ?? null });
+    const sha256 = manifest?.tensors[name]?.sha256 ?? metadata?.sha256?.[name] ?? null;
+    tensors.set(name, { name, file: join(dir, file), ...entry, sha256 });
   }
   for (const [file, header] of headers) {
     for (const name of header.keys()) {

@@ -1,9 +1,11 @@
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { goldenModel } from '../import/fixtures/golden-checkpoints.js';
+import { packageRoot } from '../../common/package-root.js';
+import { goldenModel, sha256 } from '../import/fixtures/golden-checkpoints.js';
 import { glmTensors } from './glm-tensors.js';
+import { readManifest } from './manifest.js';
 import { openStore } from './open-store.js';
 import { verifyTensor } from './verify-tensor.js';
 import { StoreWriter, type PlannedTensor } from './write-store.js';
@@ -40,6 +42,48 @@ test('what was written in pieces over several files is read back, and in each fi
     expect(new Set(readFileSync(tensor.file).subarray(tensor.offset, tensor.offset + tensor.bytes))).toEqual(new Set([i]));
   }
   expect(readdirSync(dir)).toEqual(['store']);
+});
+
+test('the manifest has size and SHA-256 of every tensor and of every other file', async () => {
+  const tokenizerPath = join(packageRoot, 'model/tiny/tokenizer.model');
+  const tokenizer = { file: 'tokenizer.model', imageTokenOffset: 0, numTextPieces: 244 };
+  const writer = await StoreWriter.create(join(dir, 'store'), plan, 40_000);
+  await writeAll(writer);
+  await writer.commit({ config: { ...config, tokenizer }, quantization: null, tokenizerPath });
+  await writer.dispose();
+  const store = await openStore(join(dir, 'store'));
+  const manifest = (await readManifest(store.dir))!;
+  expect(manifest.tensors).toEqual(
+    Object.fromEntries(
+      store.tensors.map(({ name, file, offset, bytes }) => [
+        name,
+        { file: basename(file), bytes, sha256: sha256(readFileSync(file).subarray(offset, offset + bytes)) },
+      ]),
+    ),
+  );
+  const others = readdirSync(store.dir).filter((name) => name !== 'manifest.json' && !name.endsWith('.safetensors'));
+  expect(others.sort()).toEqual(['config.json', 'model.safetensors.index.json', 'tokenizer.model']);
+  expect(manifest.files).toEqual(
+    Object.fromEntries(
+      others.map((name) => {
+        const content = readFileSync(join(store.dir, name));
+        return [name, { bytes: content.length, sha256: sha256(content) }];
+      }),
+    ),
+  );
+});
+
+test('a store without a manifest opens, a damaged manifest is refused by name', async () => {
+  const writer = await StoreWriter.create(join(dir, 'store'), plan);
+  await writeAll(writer);
+  await writer.commit({ config, quantization: null, tokenizerPath: null });
+  await writer.dispose();
+  const path = join(dir, 'store/manifest.json');
+  writeFileSync(path, readFileSync(path, 'utf8').replace(/"sha256": "../, '"sha256": "'));
+  await expect(openStore(join(dir, 'store'))).rejects.toThrow(`${path} is damaged: tensors.transformer.word_embeddings.weight.sha256: `);
+  rmSync(path);
+  const { tensors } = await openStore(join(dir, 'store'));
+  expect(tensors.map(({ sha256 }) => sha256)).toEqual(plan.map(() => null));
 });
 
 describe('until it is committed there is nothing at the target', () => {

@@ -10,9 +10,14 @@ export interface TextStream {
 
 /** What an id stands for in text. */
 export type Surface =
-  | { readonly kind: 'piece'; readonly text: string; readonly isSpaceFirst: boolean } // a first space may be dropped
-  | { readonly kind: 'literal'; readonly text: string } // as it is
+  | { readonly kind: 'piece'; readonly text: string; readonly isSpaceFirst: boolean; readonly isPlain: boolean } // a first space may be dropped
+  | { readonly kind: 'literal'; readonly text: string; readonly isPlain: boolean } // as it is
   | { readonly kind: 'byte'; readonly value: number };
+
+/** Text that no escape begins in. */
+export function isPlain(text: string): boolean {
+  return !text.includes('<');
+}
 
 export interface Surfaces {
   of(id: number): Surface;
@@ -43,6 +48,7 @@ export class StreamDecoder implements TextStream {
     }
     const characters = this.bytes.length > 0 ? this.begun(this.takeCharacters(true)) : '';
     const text = surface.kind === 'piece' && surface.isSpaceFirst ? this.spacedText(surface.text) : surface.text;
+    if (surface.isPlain && this.held === '' && characters === '') return this.begun(text);
     return this.unescape(characters + this.begun(text), false);
   }
 
@@ -80,7 +86,7 @@ export class StreamDecoder implements TextStream {
   }
 
   private unescape(more: string, isEnd: boolean): string {
-    if (this.held === '' && !more.includes('<')) return more;
+    if (this.held === '' && isPlain(more)) return more;
     const text = (this.held + more).replace(ESCAPE, (escape, blanks?: string) => {
       if (blanks !== undefined) return ' '.repeat(Number(blanks));
       return escape === '<n>' ? '\n' : '\t';

@@ -229,6 +229,14 @@ describe('loadTokenizer refuses', () => {
     await expect(loadBytes(Buffer.alloc(20, 0xff))).rejects.toThrow('a number is longer than 10 bytes');
   });
 
+  // Found by npm run bench:fuzz: the C++ code throws what is no Error.
+  test('a zero byte in a piece', async () => {
+    const damaged = Buffer.from(bytes);
+    damaged[damaged.indexOf('Answer')] = 0;
+    await expect(loadBytes(damaged)).rejects.toThrow(CheckpointError);
+    await expect(loadBytes(damaged)).rejects.toThrow('x.model could not be loaded, it is damaged');
+  });
+
   test('random bytes', async () => {
     await fc.assert(
       fc.asyncProperty(fc.uint8Array({ maxLength: 64 }), async (content) => {

@@ -4,7 +4,7 @@ import { SentencePieceProcessor } from '@agnai/sentencepiece-js';
 import { CheckpointError, InvalidRequestError } from '../../common/errors.js';
 import type { SpecialTokens, TokenizerConfig } from '../model-config.js';
 import { extendModel, parseSentencePieceModel, PIECE_TYPE, type Piece, type SentencePieceModel } from './sentencepiece-model.js';
-import { SPACE, StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
+import { isPlain, SPACE, StreamDecoder, type Surface, type Surfaces, type TextStream } from './stream-decoder.js';
 
 /** Text to token ids and back, as icetk does it for GLM-130B (model-spec section 8). */
 export interface Tokenizer {
@@ -79,8 +79,8 @@ class IcetkTokenizer implements Tokenizer {
   readonly numTokens: number;
   private readonly surfaces: Surfaces;
   private readonly commands: ReadonlyMap<string, number>;
-  /** Special id to what `detokenize` writes. */
-  private readonly bracketed: ReadonlyMap<number, string>;
+  /** What `detokenize` writes for special ids, by the distance from the offset; empty for the others. */
+  private readonly bracketed: readonly string[];
 
   constructor(
     private readonly encoder: SentencePieceProcessor,
@@ -97,7 +97,9 @@ class IcetkTokenizer implements Tokenizer {
     };
     const firstSpecial = offset + config.numTextPieces;
     this.commands = new Map([...COMMANDS.map((name, i) => [name, firstSpecial + i] as const), ['eos', offset + EOS_PIECE]]);
-    this.bracketed = new Map([...this.commands].map(([name, id]) => [id, name === 'eos' ? '[</s>]' : `[${name}]`]));
+    const bracketed = surfaces.map(() => '');
+    for (const [name, id] of this.commands) bracketed[id - offset] = name === 'eos' ? '[</s>]' : `[${name}]`;
+    this.bracketed = bracketed;
   }
 
   encode(text: string, { dummyPrefix = true }: { readonly dummyPrefix?: boolean } = {}): number[] {
@@ -132,8 +134,8 @@ class IcetkTokenizer implements Tokenizer {
     let text = '';
     let begin = 0;
     for (let i = 0; i < ids.length; i++) {
-      const special = this.bracketed.get(ids[i]!);
-      if (special === undefined) continue;
+      const special = this.bracketed[ids[i]! - this.config.imageTokenOffset] ?? '';
+      if (special === '') continue;
       text += this.textOf(ids.slice(begin, i)) + special;
       begin = i + 1;
     }
@@ -160,14 +162,18 @@ class IcetkTokenizer implements Tokenizer {
 }
 
 /** Image tokens and padding rows. */
-const NO_TEXT: Surface = { kind: 'literal', text: '\ufffd' };
+const NO_TEXT = literal('\ufffd');
 
 function surfaceOf(piece: Piece, unknownSurface: string): Surface {
-  if (piece.type === PIECE_TYPE.control) return { kind: 'literal', text: '' };
-  if (piece.type === PIECE_TYPE.unknown) return { kind: 'literal', text: unknownSurface };
+  if (piece.type === PIECE_TYPE.control) return literal('');
+  if (piece.type === PIECE_TYPE.unknown) return literal(unknownSurface);
   if (piece.type === PIECE_TYPE.byte) return { kind: 'byte', value: Number.parseInt(piece.text.slice(3, 5), 16) };
   const text = piece.text.replaceAll(SPACE, ' ');
-  return { kind: 'piece', text, isSpaceFirst: piece.text.startsWith(SPACE) };
+  return { kind: 'piece', text, isSpaceFirst: piece.text.startsWith(SPACE), isPlain: isPlain(text) };
+}
+
+function literal(text: string): Surface {
+  return { kind: 'literal', text, isPlain: isPlain(text) };
 }
 
 /** The rest of a run of blanks: 0 to 79 of them; a single one stays a blank. */
@@ -204,19 +210,33 @@ async function readModelFile(path: string): Promise<Uint8Array> {
   }
 }
 
-/** The package loads files only, so the extended model goes into the file system of its WebAssembly instance. */
+/**
+ * The package loads files only, so the extended model goes into the file system of its WebAssembly instance.
+ * @throws CheckpointError the C++ code does not take the model; its exceptions arrive as numbers
+ */
 async function loadEncoder(path: string, extended: Uint8Array): Promise<SentencePieceProcessor> {
   const encoder = new SentencePieceProcessor();
-  await encoder.load(path);
+  let message: string;
+  try {
+    await encoder.load(path);
+    message = loadFromMemory(encoder, extended);
+  } catch (error) {
+    message = error instanceof Error ? error.message : `SentencePiece threw ${String(error)}`;
+  }
+  if (message !== 'OK') throw new CheckpointError(`${basename(path)} could not be loaded, it is damaged: ${message}`);
+  return encoder;
+}
+
+/** @returns `OK`, or what is wrong */
+function loadFromMemory(encoder: SentencePieceProcessor, model: Uint8Array): string {
   const { FS, StringView } = encoder.sentencepiece;
   const file = 'extended.model';
-  FS.writeFile(file, extended);
+  FS.writeFile(file, model);
   const name = new StringView(file);
   const view = name.getView();
   const status = encoder.processor.Load(view);
   const message = status.ToString();
   for (const handle of [status, view, name]) handle.delete();
   FS.unlink(file);
-  if (message !== 'OK') throw new CheckpointError(`${basename(path)} could not be loaded: ${message}`);
-  return encoder;
+  return message;
 }

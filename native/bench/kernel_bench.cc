@@ -100,7 +100,7 @@ int Run(int argc, char** argv) {
   }
   for (const WeightType type : {WeightType::kI4, WeightType::kI8}) {
     Matrices matrices(type);
-    for (const Isa isa : {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric}) {
+    for (const Isa isa : {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kGeneric}) {
       if (!IsaSupported(isa) || (argc > 1 && std::strcmp(argv[1], IsaName(isa)) != 0)) continue;
       for (const int threads : {1, 2}) Measure(isa, type, matrices, threads, bandwidth[threads]);
     }

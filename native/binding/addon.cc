@@ -11,6 +11,9 @@
 #include "binding/engine_wrap.h"
 #include "core/cpu_features.h"
 #include "core/error.h"
+#include "core/file_hints.h"
+#include "kernels/crc32.h"
+#include "kernels/quantize_weights.h"
 #include "kernels/sampling.h"
 #include "model/product_peak.h"
 #include "model/read_bandwidth.h"
@@ -89,6 +92,49 @@ Napi::Value MeasureProductPeakCall(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value Crc32Of(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  try {
+    const Napi::Uint8Array bytes = Field(info[0], "bytes").Uint8s();
+    const auto previous = static_cast<uint32_t>(Field(info[1], "previous").Integer(0, 0xffffffff));
+    return Napi::Number::New(env, Crc32(bytes.Data(), bytes.ElementLength(), previous));
+  } catch (...) {
+    throw Napi::Error(env, ErrorToJs(env, std::current_exception()));
+  }
+}
+
+Napi::Value QuantizeWeightsOf(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  try {
+    const Field options(info[0], "");
+    const Napi::Uint16Array weights = options.Get("weights").Uint16s();
+    Napi::Uint8Array qweight = options.Get("qweight").Uint8s();
+    Napi::Uint16Array scales = options.Get("scales").Uint16s();
+    const auto count = static_cast<int64_t>(weights.ElementLength());
+    const int64_t cols = options.Get("columns").Integer(1, int64_t{1} << 40);
+    const int64_t groups = options.Get("groups").Integer(1, cols);
+    const int bits = options.Get("bits").Integer(4, 8) == 8 ? 8 : 4;
+    if (count % cols != 0) options.Get("columns").Fail("a divisor of the number of weights");
+    const int64_t rows = count / cols;
+    if (cols % groups != 0 || (bits == 4 && cols / groups % 2 != 0)) options.Get("groups").Fail("a divisor of the columns, for 4 bits into even parts");
+    if (static_cast<int64_t>(qweight.ElementLength()) != count * bits / 8) options.Get("qweight").Fail("as many bytes as the weights take");
+    if (static_cast<int64_t>(scales.ElementLength()) != rows * groups) options.Get("scales").Fail("a scale for each row and group");
+    return Napi::Number::New(env, static_cast<double>(QuantizeWeights(BestIsa(), weights.Data(), rows, cols, groups, bits, qweight.Data(), scales.Data())));
+  } catch (...) {
+    throw Napi::Error(env, ErrorToJs(env, std::current_exception()));
+  }
+}
+
+template <void (*Hint)(int, int64_t, int64_t)>
+void HintOf(const Napi::CallbackInfo& info) {
+  constexpr int64_t kMost = int64_t{1} << 53;
+  try {
+    Hint(static_cast<int>(Field(info[0], "fd").Integer(0, 0x7fffffff)), Field(info[1], "offset").Integer(0, kMost), Field(info[2], "length").Integer(0, kMost));
+  } catch (...) {
+    throw Napi::Error(info.Env(), ErrorToJs(info.Env(), std::current_exception()));
+  }
+}
+
 Napi::Object BuildInfo(Napi::Env env) {
   Napi::Object build = Napi::Object::New(env);
   Napi::Array backends = Napi::Array::New(env);
@@ -110,6 +156,10 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(instance.release());
 
   exports.Set("build", BuildInfo(env));
+  exports.Set("crc32", Napi::Function::New<Crc32Of>(env, "crc32"));
+  exports.Set("quantizeWeights", Napi::Function::New<QuantizeWeightsOf>(env, "quantizeWeights"));
+  exports.Set("hintRead", Napi::Function::New<HintOf<HintRead>>(env, "hintRead"));
+  exports.Set("hintWritten", Napi::Function::New<HintOf<HintWritten>>(env, "hintWritten"));
   exports.Set("createEngine", Napi::Function::New<CreateEngine>(env, "createEngine"));
   exports.Set("distribution", Napi::Function::New<DistributionOf>(env, "distribution"));
   exports.Set("measureProductPeak", Napi::Function::New<MeasureProductPeakCall>(env, "measureProductPeak"));

@@ -14,20 +14,42 @@ export interface NativeAddon {
   /**
    * Meets the other ranks and loads this rank's shard, on the engine's own thread. Rejects with CheckpointError (a tensor),
    * ConfigError (an option, or too little memory) or EngineError.
+   *
+   * @param onStart gets a function that says how far loading is, at any time
    */
-  createEngine(options: NativeEngineOptions): Promise<NativeEngine>;
+  createEngine(options: NativeEngineOptions, onStart?: (progress: () => LoadProgress) => void): Promise<NativeEngine>;
   /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
+  /** CRC-32 of zip archives, as `zlib.crc32`, several times as fast: of what `previous` is of, followed by `bytes`. Throws EngineError. */
+  crc32(bytes: Uint8Array, previous: number): number;
+  /** Quantises fp16 weights as model/import/quantize.ts says. Throws EngineError. */
+  quantizeWeights(options: NativeQuantizeOptions): number;
+  /** Bytes of a file will be read: the kernel fetches them meanwhile. Returns at once. Throws EngineError for arguments alone. */
+  hintRead(fd: number, offset: number, length: number): void;
+  /** Bytes of a file were written: the kernel puts them on the disk now and not later. Returns at once. Throws EngineError for arguments alone. */
+  hintWritten(fd: number, offset: number, length: number): void;
   /** Sequential read bandwidth of main memory in bytes per second: the best of `repeats` passes over `bytes` on `threads` threads. */
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
   /** Products of INT4 weights with int8 activations per second that `threads` threads make in registers with the instructions of `isa`. */
   measureProductPeak(options: { isa: NativeIsa; threads: number }): Promise<number>;
 }
 
+export interface NativeQuantizeOptions {
+  /** fp16 [rows, columns]. */
+  readonly weights: Uint16Array;
+  readonly columns: number;
+  readonly groups: number;
+  readonly bits: 8 | 4;
+  /** Written: a byte for each weight, or for two. */
+  readonly qweight: Uint8Array;
+  /** Written: fp16 [rows, groups]. The call returns the first row with an infinite or NaN weight, at which it ended, or -1. */
+  readonly scales: Uint16Array;
+}
+
 export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY' | 'TIMEOUT' | 'ABORTED' | 'INTERNAL';
 
 /** Instruction sets of the kernels, the best one first. */
-export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'generic';
+export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'neon' | 'generic';
 
 export interface NativeBuild {
   readonly backends: readonly string[];
@@ -53,6 +75,8 @@ export interface NativeEngineOptions {
   readonly rank: number;
   readonly worldSize: number;
   readonly threads: number;
+  /** Where they run: each on its own, if there are enough, else all on all; empty: wherever the system puts them. Thread 0 is the engine's own. */
+  readonly cpus: readonly number[];
   /** Null: `build.isa`. */
   readonly isa: NativeIsa | null;
   /** How activations meet INT8 and INT4 weights: quantised to int8 on their way, or in floating point. FP16 and FP32 weights take floats anyway. */
@@ -76,6 +100,12 @@ export interface NativeTensor {
   readonly offset: number;
   readonly dtype: 'F32' | 'F16' | 'I8' | 'U8';
   readonly shape: readonly number[];
+}
+
+/** Of the weight matrices that a rank reads; `totalBytes` is 0 until the ranks have met. */
+export interface LoadProgress {
+  readonly doneBytes: number;
+  readonly totalBytes: number;
 }
 
 /** One rank of a loaded model. Steps run in the order of the calls, on the engine's own thread; the event loop is never blocked. */
@@ -129,14 +159,16 @@ export function loadAddon(): NativeAddon {
   }
   return {
     build: raw.build,
-    createEngine: async (options) => wrapEngine(await raw.createEngine(options).catch(rethrow(creationError))),
-    distribution: (logits, params) => {
-      try {
-        return raw.distribution(logits, params);
-      } catch (error) {
-        throw stepError(error);
-      }
+    createEngine: async (options, onStart) => {
+      const loading = raw.createEngine(options) as Promise<NativeEngine> & { progress?: () => LoadProgress }; // none where the options are refused
+      if (loading.progress) onStart?.(loading.progress);
+      return wrapEngine(await loading.catch(rethrow(creationError)));
     },
+    distribution: (logits, params) => throwing(() => raw.distribution(logits, params)),
+    crc32: (bytes, previous) => throwing(() => raw.crc32(bytes, previous)),
+    quantizeWeights: (options) => throwing(() => raw.quantizeWeights(options)),
+    hintRead: (fd, offset, length) => throwing(() => raw.hintRead(fd, offset, length)),
+    hintWritten: (fd, offset, length) => throwing(() => raw.hintWritten(fd, offset, length)),
     measureReadBandwidth: (options) => raw.measureReadBandwidth(options).catch(rethrow(creationError)),
     measureProductPeak: (options) => raw.measureProductPeak(options).catch(rethrow(creationError)),
   };
@@ -155,6 +187,14 @@ function wrapEngine(raw: NativeEngine): NativeEngine {
 /** The code of the native error behind what {@link NativeEngine} rejects with; null for any other error. */
 export function nativeErrorCode(error: unknown): NativeErrorCode | null {
   return error instanceof TandemError ? codeOf(error.cause) : null;
+}
+
+function throwing<Result>(call: () => Result): Result {
+  try {
+    return call();
+  } catch (error) {
+    throw stepError(error);
+  }
 }
 
 function rethrow(convert: (error: unknown) => TandemError): (error: unknown) => never {

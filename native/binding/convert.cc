@@ -91,6 +91,16 @@ Napi::Float32Array Field::Float32s() const {
   return value_.As<Napi::Float32Array>();
 }
 
+Napi::Uint8Array Field::Uint8s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) Fail("a Uint8Array");
+  return value_.As<Napi::Uint8Array>();
+}
+
+Napi::Uint16Array Field::Uint16s() const {
+  if (!value_.IsTypedArray() || value_.As<Napi::TypedArray>().TypedArrayType() != napi_uint16_array) Fail("a Uint16Array");
+  return value_.As<Napi::Uint16Array>();
+}
+
 void Field::Fail(const std::string& expected) const {
   std::string seen = "is not ";
   if (value_.IsUndefined()) seen = "is missing, expected ";
@@ -112,8 +122,8 @@ SamplingParams SamplingParamsFromJs(const Field& params) {
 }
 
 Isa IsaFromJs(const Field& isa) {
-  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
-  return kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "generic"})];
+  constexpr Isa kIsas[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kGeneric};
+  return kIsas[isa.OneOf({"avx512vnni", "avx512", "avx2", "neon", "generic"})];
 }
 
 EngineOptions EngineOptionsFromJs(Napi::Value value) {
@@ -135,6 +145,7 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   result.shard.rank = static_cast<int>(options.Get("rank").Integer(0, kMostInt));
   result.shard.world_size = static_cast<int>(options.Get("worldSize").Integer(1, kMostInt));
   result.threads = static_cast<int>(options.Get("threads").Integer(1, kMostInt));
+  for (const Field& cpu : options.Get("cpus").Elements()) result.cpus.push_back(static_cast<int>(cpu.Integer(0, kMostInt)));
   const Field isa = options.Get("isa");
   if (!isa.IsNull()) result.isa = IsaFromJs(isa);
   result.weights.integer_products = options.Get("activations").OneOf({"int8", "float"}) == 0;
@@ -168,6 +179,13 @@ Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result) {
   object.Set("computeMicros", Napi::Number::New(env, static_cast<double>(result.compute_micros)));
   object.Set("collectiveMicros", Napi::Number::New(env, static_cast<double>(result.collective_micros)));
   object.Set("evaluateMicros", Napi::Number::New(env, static_cast<double>(result.evaluate_micros)));
+  return object;
+}
+
+Napi::Value ProgressToJs(Napi::Env env, const LoadProgress& progress) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("doneBytes", Napi::Number::New(env, static_cast<double>(progress.done_bytes.load())));
+  object.Set("totalBytes", Napi::Number::New(env, static_cast<double>(progress.total_bytes.load())));
   return object;
 }
 

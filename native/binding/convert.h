@@ -28,6 +28,8 @@ class Field {
   // Index into `names`.
   size_t OneOf(const std::vector<std::string>& names) const;
   Napi::Float32Array Float32s() const;
+  Napi::Uint8Array Uint8s() const;
+  Napi::Uint16Array Uint16s() const;
   [[noreturn]] void Fail(const std::string& expected) const;
 
  private:
@@ -47,6 +49,7 @@ Step StepFromJs(Napi::Value step_id, Napi::Value body);
 SamplingParams SamplingParamsFromJs(const Field& params);
 Isa IsaFromJs(const Field& isa);
 Napi::Value StepResultToJs(Napi::Env env, const EncodedStepResult& result);
+Napi::Value ProgressToJs(Napi::Env env, const LoadProgress& progress);
 Napi::Value MemoryToJs(Napi::Env env, const EngineMemory& memory);
 
 // An Error with `code`: INVALID_ARGUMENT, CHECKPOINT, OUT_OF_MEMORY, TIMEOUT, ABORTED or INTERNAL. A JavaScript exception stays what it is.

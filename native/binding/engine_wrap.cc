@@ -77,6 +77,8 @@ Napi::Function EngineWrap::Define(Napi::Env env) {
 Napi::Value EngineWrap::Create(const Napi::CallbackInfo& info, const std::shared_ptr<Runtime>& runtime, const Napi::FunctionReference& constructor) {
   try {
     auto options = std::make_shared<EngineOptions>(EngineOptionsFromJs(info[0]));
+    const auto progress = std::make_shared<LoadProgress>();
+    options->progress = progress;
     auto engine = std::make_shared<EngineThread>();
     runtime->Watch(engine);
     const auto load = [engine, options] { return engine->Load(std::move(*options)); };
@@ -84,7 +86,9 @@ Napi::Value EngineWrap::Create(const Napi::CallbackInfo& info, const std::shared
       Loaded loaded{runtime, engine, memory};
       return constructor.New({Napi::External<Loaded>::New(env, &loaded)});
     };
-    return AsyncCall<EngineMemory>::Start(info.Env(), runtime, engine->thread(), load, wrap);
+    Napi::Object promise = AsyncCall<EngineMemory>::Start(info.Env(), runtime, engine->thread(), load, wrap).As<Napi::Object>();
+    promise.Set("progress", Napi::Function::New(info.Env(), [progress](const Napi::CallbackInfo& call) { return ProgressToJs(call.Env(), *progress); }));
+    return promise;
   } catch (...) {
     return Rejected(info.Env(), std::current_exception());
   }

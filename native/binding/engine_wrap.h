@@ -15,7 +15,7 @@ class EngineThread;
 class EngineWrap : public Napi::ObjectWrap<EngineWrap> {
  public:
   static Napi::Function Define(Napi::Env env);
-  // createEngine(options): resolves to an EngineWrap, made by `constructor`.
+  // createEngine(options): resolves to an EngineWrap, made by `constructor`. The promise has a function `progress` of how far loading is.
   static Napi::Value Create(const Napi::CallbackInfo& info, const std::shared_ptr<Runtime>& runtime, const Napi::FunctionReference& constructor);
 
   // Not for JavaScript: takes an External of Loaded.

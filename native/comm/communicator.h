@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -31,11 +32,17 @@ class Communicator {
 // World size 1: nothing to exchange.
 std::unique_ptr<Communicator> MakeLocalCommunicator();
 
+// About what going to sleep and being woken takes.
+constexpr std::chrono::microseconds kLeastSpin{10};
+
 struct ShmOptions {
   std::string name;  // [A-Za-z0-9._-]+, at most 200, the same on all ranks, never used twice
   int rank = 0;
   int world_size = 1;
   int64_t timeout_ms = 30000;     // of one wait: for all ranks to attach, for all ranks to arrive at a collective
+  // How long a rank looks for the others before it sleeps. Ranks come to a collective as far apart as their parts of a layer take differently long, some
+  // hundred microseconds; but where threads outnumber CPUs, the one that looks may hold up the one that it waits for.
+  std::chrono::microseconds spin = kLeastSpin;
   int64_t slot_bytes = 1 << 20;   // a longer message goes in chunks of this size; a multiple of 64, the same on all ranks
 };
 

@@ -12,31 +12,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
 
 #include "core/error.h"
+#include "core/spin.h"
 
 namespace tandem {
 namespace {
 
-// A wait spins for some microseconds (a collective between running ranks takes about that long), then sleeps: the cores may be needed by the very rank
-// that it waits for.
-constexpr int kSpins = 400;
 // A sleep ends at least this often to look at the abort flag and the deadline: a wake-up can come just before the sleep.
 constexpr int64_t kSliceMs = 20;
+// A long message goes in chunks that a rank still has at hand from writing its part when it reads the others'.
+constexpr int64_t kChunkBytes = 256 * 1024;
 // Up to here every rank sums the whole message itself, which needs one barrier; above, each sums its part and they exchange the parts.
 constexpr int64_t kDirectBytes = 64 * 1024;
 constexpr int64_t kFloatsPerLine = 16;
-
-void Pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 void SleepWhileEqual(std::atomic<uint32_t>& word, uint32_t value, int64_t milliseconds) {
 #if defined(__linux__)
@@ -58,20 +47,21 @@ void WakeAll(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-ShmCommunicator::ShmCommunicator(ShmHeader* header, int rank, int64_t timeout_ms)
+ShmCommunicator::ShmCommunicator(ShmHeader* header, int rank, int64_t timeout_ms, std::chrono::microseconds spin)
     : header_(header),
       rank_(rank),
       world_size_(static_cast<int>(header->world_size)),
       slot_bytes_(static_cast<int64_t>(header->slot_bytes)),
       timeout_ms_(timeout_ms),
+      spin_(spin),
       barrier_(header->ranks[rank].arrived.load()) {
   if (header_->ranks[rank_].attached.exchange(1) != 0) {
     throw Error(ErrorCode::kInvalidArgument, "attach: rank " + std::to_string(rank_) + " is there already");
   }
 }
 
-ShmCommunicator::ShmCommunicator(std::unique_ptr<ShmSegment> segment, int rank, int64_t timeout_ms)
-    : ShmCommunicator(segment->header(), rank, timeout_ms) {
+ShmCommunicator::ShmCommunicator(std::unique_ptr<ShmSegment> segment, int rank, int64_t timeout_ms, std::chrono::microseconds spin)
+    : ShmCommunicator(segment->header(), rank, timeout_ms, spin) {
   segment_ = std::move(segment);
 }
 
@@ -87,21 +77,21 @@ void ShmCommunicator::Attach(const std::atomic<bool>& cancelled) {
 void ShmCommunicator::AllReduceSum(float* data, int64_t count) {
   ThrowIfAborted(Kind::kAllReduce);
   const ShmOperation operation = {static_cast<uint32_t>(Kind::kAllReduce), 0, static_cast<uint64_t>(count) * sizeof(float)};
-  const int64_t chunk = slot_bytes_ / static_cast<int64_t>(sizeof(float));
+  const int64_t chunk = std::min(slot_bytes_, kChunkBytes) / static_cast<int64_t>(sizeof(float));
   for (int64_t begin = 0; begin < count; begin += chunk) {
     const int64_t n = std::min(chunk, count - begin);
     parity_ ^= 1;
     std::memcpy(Slot(rank_), data + begin, static_cast<size_t>(n) * sizeof(float));
     MeetAll(operation);
     if (world_size_ <= 2 || n * static_cast<int64_t>(sizeof(float)) <= kDirectBytes) {
-      SumSlots(0, n, data + begin);
+      SumParts(0, n, data + begin);
       continue;
     }
     // Rank r sums part r and puts the sum where its own input of that part was: nobody else reads that.
     const int64_t part = (n / world_size_ + kFloatsPerLine) / kFloatsPerLine * kFloatsPerLine;
     const auto part_begin = [&](int rank) { return std::min(n, rank * part); };
     const int64_t mine = part_begin(rank_), mine_count = part_begin(rank_ + 1) - mine;
-    SumSlots(mine, mine_count, data + begin + mine);
+    SumParts(mine, mine_count, data + begin + mine);
     std::memcpy(Slot(rank_) + mine * sizeof(float), data + begin + mine, static_cast<size_t>(mine_count) * sizeof(float));
     MeetAll(operation);
     for (int peer = 0; peer < world_size_; ++peer) {
@@ -162,10 +152,9 @@ void ShmCommunicator::MeetAll(const ShmOperation& operation) {
   self.arrived.store(target);
   if (self.sleepers.load() != 0) WakeAll(self.arrived);
 
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms_);
   for (int peer = 0; peer < world_size_; ++peer) {
     if (peer == rank_) continue;
-    WaitFor(peer, target, kind, deadline);
+    WaitFor(peer, target, kind);
     const ShmOperation& theirs = header_->ranks[peer].operation[target & 1];
     if (theirs.kind == operation.kind && theirs.root == operation.root && theirs.bytes == operation.bytes) continue;
     End(Reason::kMismatch);
@@ -181,11 +170,9 @@ bool ShmCommunicator::HasArrived(int peer, uint32_t target) const {
   return static_cast<int32_t>(header_->ranks[peer].arrived.load() - target) >= 0;
 }
 
-void ShmCommunicator::WaitFor(int peer, uint32_t target, Kind kind, std::chrono::steady_clock::time_point deadline) {
-  for (int spin = 0; spin < kSpins; ++spin) {
-    if (HasArrived(peer, target)) return;
-    Pause();
-  }
+void ShmCommunicator::WaitFor(int peer, uint32_t target, Kind kind) {
+  if (SpinUntil(spin_, [&] { return HasArrived(peer, target); })) return;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms_);
   ShmRank& other = header_->ranks[peer];
   for (;;) {
     const uint32_t seen = other.arrived.load();
@@ -219,16 +206,24 @@ void ShmCommunicator::ThrowTimeout(uint32_t target, Kind kind) {
                                        std::to_string(timeout_ms_) + " ms");
 }
 
-void ShmCommunicator::SumSlots(int64_t first, int64_t count, float* out) const {
-  constexpr int64_t kBlock = 2048;  // stays in the first-level cache over the ranks
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t n = std::min(kBlock, count - begin);
-    float* __restrict sum = out + begin;
-    std::memcpy(sum, Slot(0) + (first + begin) * sizeof(float), static_cast<size_t>(n) * sizeof(float));
+void ShmCommunicator::SumParts(int64_t first, int64_t count, float* data) const {
+  constexpr int64_t kBlock = 2 * kFloatsPerLine;  // in registers over the ranks
+  const float* parts[kMaxShmRanks];
+  for (int rank = 0; rank < world_size_; ++rank) parts[rank] = rank == rank_ ? data : reinterpret_cast<const float*>(Slot(rank)) + first;
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    float sums[kBlock];
+    for (int64_t j = 0; j < kBlock; ++j) sums[j] = parts[0][i + j];
     for (int rank = 1; rank < world_size_; ++rank) {
-      const float* __restrict term = reinterpret_cast<const float*>(Slot(rank)) + first + begin;
-      for (int64_t i = 0; i < n; ++i) sum[i] += term[i];
+      const float* part = parts[rank] + i;
+      for (int64_t j = 0; j < kBlock; ++j) sums[j] += part[j];
     }
+    for (int64_t j = 0; j < kBlock; ++j) data[i + j] = sums[j];
+  }
+  for (; i < count; ++i) {
+    float sum = parts[0][i];
+    for (int rank = 1; rank < world_size_; ++rank) sum += parts[rank][i];
+    data[i] = sum;
   }
 }
 
@@ -256,7 +251,7 @@ std::unique_ptr<Communicator> MakeShmCommunicator(const ShmOptions& options, con
   } else {
     segment = ShmSegment::Open(options.name, options.world_size, options.slot_bytes, options.timeout_ms, cancelled);
   }
-  auto communicator = std::make_unique<ShmCommunicator>(std::move(segment), options.rank, options.timeout_ms);
+  auto communicator = std::make_unique<ShmCommunicator>(std::move(segment), options.rank, options.timeout_ms, options.spin);
   communicator->Attach(cancelled);
   return communicator;
 }

@@ -15,9 +15,9 @@ namespace tandem {
 class ShmCommunicator final : public Communicator {
  public:
   // header: filled in, mapped until this is destroyed. Does not wait for the other ranks: see Attach.
-  ShmCommunicator(ShmHeader* header, int rank, int64_t timeout_ms);
+  ShmCommunicator(ShmHeader* header, int rank, int64_t timeout_ms, std::chrono::microseconds spin = kLeastSpin);
   // Takes over the segment that the header lies in.
-  ShmCommunicator(std::unique_ptr<ShmSegment> segment, int rank, int64_t timeout_ms);
+  ShmCommunicator(std::unique_ptr<ShmSegment> segment, int rank, int64_t timeout_ms, std::chrono::microseconds spin);
   ~ShmCommunicator() override;  // ends the other ranks' waiting for this one
 
   // Waits for all ranks.
@@ -37,13 +37,13 @@ class ShmCommunicator final : public Communicator {
   void ThrowIfAborted(Kind kind) const;
   // The barrier: returns when every rank has come to its barrier of the same number, and is doing the same.
   void MeetAll(const ShmOperation& operation);
-  void WaitFor(int peer, uint32_t target, Kind kind, std::chrono::steady_clock::time_point deadline);
+  void WaitFor(int peer, uint32_t target, Kind kind);
   bool HasArrived(int peer, uint32_t target) const;
   [[noreturn]] void ThrowTimeout(uint32_t target, Kind kind);
   void End(Reason reason);
   char* Slot(int rank) const { return ShmSlot(header_, rank, parity_); }
-  // out[i] = sum over the ranks, in rank order, of element first + i of their slots
-  void SumSlots(int64_t first, int64_t count, float* out) const;
+  // data[i] = sum over the ranks, in rank order, of element first + i of their slots, but of data[i] for this rank's
+  void SumParts(int64_t first, int64_t count, float* data) const;
 
   static const char* Name(Kind kind);
 
@@ -53,6 +53,7 @@ class ShmCommunicator final : public Communicator {
   const int world_size_;
   const int64_t slot_bytes_;
   const int64_t timeout_ms_;
+  const std::chrono::microseconds spin_;
   uint32_t barrier_;      // how many barriers this rank has come to, modulo 2^32
   int parity_ = 0;        // slot of the current chunk
   const std::atomic<bool>* cancelled_ = nullptr;

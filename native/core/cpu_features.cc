@@ -7,6 +7,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace tandem {
@@ -27,6 +30,10 @@ static Isa DetectIsa() {
   if (!avx512) return Isa::kAvx2;
   return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+static Isa DetectIsa() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 ? Isa::kNeon : Isa::kGeneric; }
+#elif defined(__aarch64__)
+static Isa DetectIsa() { return Isa::kNeon; }  // every such Apple machine
 #else
 static Isa DetectIsa() { return Isa::kGeneric; }
 #endif
@@ -35,7 +42,7 @@ static Isa IsaOfEnvironment() {
   const char* name = std::getenv("TANDEM_ISA");
   if (name == nullptr || *name == '\0') return CpuIsa();
   std::string supported;
-  for (const Isa isa : kAllIsas) {
+  for (const Isa isa : kIsasOfFamily) {
     if (!IsaSupported(isa)) break;
     if (std::string(name) == IsaName(isa)) return isa;
     supported += std::string(supported.empty() ? "" : ", ") + IsaName(isa);
@@ -48,7 +55,13 @@ Isa CpuIsa() {
   return best;
 }
 
-bool IsaSupported(Isa isa) { return isa <= CpuIsa(); }
+bool IsaSupported(Isa isa) {
+  for (const Isa supported : kIsasOfFamily) {
+    if (supported == isa) return true;
+    if (supported == CpuIsa()) break;
+  }
+  return false;
+}
 
 Isa BestIsa() {
   static const Isa best = IsaOfEnvironment();
@@ -61,6 +74,7 @@ const char* IsaName(Isa isa) {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Vnni: return "avx512vnni";
+    case Isa::kNeon: return "neon";
   }
   return "unknown";
 }

@@ -1,8 +1,10 @@
 #include "model/engine.h"
 
+#include <chrono>
 #include <exception>
 #include <utility>
 
+#include "core/cpu_affinity.h"
 #include "core/error.h"
 #include "model/glm.h"
 
@@ -24,6 +26,19 @@ ModelShape CheckedShape(const EngineOptions& options) {
   return options.model;
 }
 
+// Of all ranks: they wait for one another.
+bool HasCpuForEachThread(const EngineOptions& options) {
+  if (!options.cpus.empty()) return static_cast<int>(options.cpus.size()) >= options.threads;
+  return AllowedCpuCount() >= options.threads * options.shard.world_size;
+}
+
+ThreadPoolOptions PoolOptions(const EngineOptions& options) {
+  ThreadPoolOptions pool;
+  pool.cpus = options.cpus;
+  if (!HasCpuForEachThread(options)) pool.spin = std::chrono::microseconds(0);
+  return pool;
+}
+
 std::unique_ptr<Communicator> Connect(const EngineOptions& options, const std::atomic<bool>& cancelled) {
   if (options.shard.world_size == 1) return MakeLocalCommunicator();
   ShmOptions shm;
@@ -31,6 +46,7 @@ std::unique_ptr<Communicator> Connect(const EngineOptions& options, const std::a
   shm.timeout_ms = options.communicator->timeout_ms;
   shm.rank = options.shard.rank;
   shm.world_size = options.shard.world_size;
+  if (HasCpuForEachThread(options)) shm.spin = std::chrono::microseconds(500);
   return MakeShmCommunicator(shm, cancelled);
 }
 
@@ -40,11 +56,11 @@ Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
     : shape_(CheckedShape(options)),
       cancelled_(cancelled),
       limits_{shape_.num_layers, shape_.vocab_size, shape_.max_sequence_length, options.kv_blocks, options.kv_block_size, options.max_batch_tokens},
-      pool_(options.threads),
+      pool_(options.threads, PoolOptions(options)),
       kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
           options.kv_type),
       communicator_(Connect(options, cancelled)),
-      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool_, cancelled)),
+      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool_, cancelled, options.progress.get())),
       backend_(shape_, weights_, kv_, *communicator_, pool_, options.isa.value_or(BestIsa()), options.max_batch_tokens) {}
 
 StepResult Engine::Run(const Step& step) {

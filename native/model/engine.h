@@ -26,6 +26,7 @@ struct EngineOptions {
   Shard shard;
   WeightOptions weights;
   int threads = 1;
+  std::vector<int> cpus;   // where they run (ThreadPoolOptions); all ranks of a machine have as many threads
   std::optional<Isa> isa;  // none: the best this CPU has
   int64_t kv_blocks = 0;
   int64_t kv_block_size = 16;
@@ -36,6 +37,7 @@ struct EngineOptions {
     int64_t timeout_ms = 0;
   };
   std::optional<CommunicatorOptions> communicator;  // needed where world_size > 1
+  std::shared_ptr<LoadProgress> progress;           // null: nobody looks
 };
 
 struct EngineMemory {

@@ -18,7 +18,8 @@ namespace {
   throw Error(ErrorCode::kCheckpoint, "tensor " + tensor.name + ": " + what);
 }
 
-// Bytes of the whole tensor, or -1 if they do not fit 63 bits.
+}  // namespace
+
 int64_t TensorBytes(const TensorSource& tensor) {
   int64_t bytes = TensorTypeBytes(tensor.type);
   for (const int64_t size : tensor.shape) {
@@ -26,8 +27,6 @@ int64_t TensorBytes(const TensorSource& tensor) {
   }
   return bytes;
 }
-
-}  // namespace
 
 const char* TensorTypeName(TensorType type) {
   const char* names[] = {"F32", "F16", "I8", "U8"};

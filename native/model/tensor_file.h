@@ -26,6 +26,9 @@ struct TensorSource {
 // "F16 [3, 4]"
 std::string Describe(TensorType type, const std::vector<int64_t>& shape);
 
+// Bytes of the whole tensor, or -1 if they do not fit 63 bits.
+int64_t TensorBytes(const TensorSource& tensor);
+
 // The tensors of a store by name, their files open. Reads are safe from several threads. Errors are kCheckpoint and name the tensor.
 //
 // Read, not mapped: a file that gets shorter under a mapping kills the process; a short read is an error like any other.
@@ -38,6 +41,7 @@ class TensorFiles {
   TensorFiles& operator=(const TensorFiles&) = delete;
 
   const TensorSource* Find(const std::string& name) const;
+  const std::unordered_map<std::string, TensorSource>& tensors() const { return tensors_; }
 
   // Copies bytes [column_byte, column_byte + bytes) of rows [first_row, first_row + rows) to `out`, row i to out + i * out_stride. A row is everything
   // but the first dimension. The range lies inside the tensor: the caller has checked its shape.

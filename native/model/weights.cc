@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -36,52 +37,59 @@ struct Share {
   }
 };
 
-// q = round(w / scale), ties to even, where scale is fp16 of max |w| / 127 over the group.
-OwnedLinear QuantizeToInt8(const LinearWeight& plain, const std::string& name, ThreadPool& pool) {
-  OwnedLinear linear;
-  LinearWeight& weight = linear.weight;
-  weight.type = WeightType::kI8;
-  weight.rows = plain.rows;
-  weight.cols = plain.cols;
-  weight.row_stride = (plain.cols + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-  weight.group_size = kEmbeddingGroup;
-  weight.groups = (plain.cols + kEmbeddingGroup - 1) / kEmbeddingGroup;
-  linear.data = AlignedBuffer(weight.rows * weight.row_stride, name);
-  linear.scales = AlignedBuffer(weight.rows * weight.groups * 2, name);
-  weight.data = linear.data.data();
-  weight.scales = linear.scales.as<const uint16_t>();
-  pool.ParallelFor(weight.rows, 16, [&](int64_t begin, int64_t end, int) {
-    std::vector<float> values(static_cast<size_t>(plain.cols));
-    for (int64_t o = begin; o < end; ++o) {
-      DequantizeRow(plain, o, values.data());
-      int8_t* q = linear.data.as<int8_t>() + o * weight.row_stride;
-      for (int64_t group = 0; group < weight.groups; ++group) {
-        const auto first = values.begin() + group * kEmbeddingGroup, last = values.begin() + std::min((group + 1) * kEmbeddingGroup, plain.cols);
-        float largest = 0.0f;
-        for (auto value = first; value != last; ++value) largest = std::max(largest, std::abs(*value));
-        const uint16_t half = FloatToHalf(largest / 127.0f);
-        linear.scales.as<uint16_t>()[o * weight.groups + group] = half;
-        const float scale = HalfToFloat(half);
-        for (auto value = first; value != last; ++value, ++q) {
-          *q = scale == 0.0f ? 0 : static_cast<int8_t>(std::clamp(std::nearbyint(*value / scale), -127.0f, 127.0f));
-        }
-      }
-    }
-  });
-  return linear;
+// Rows that a thread reads at a time: what it holds beside the weights themselves is so much.
+constexpr int64_t kBlockRows = 4 * PackedWeight::kBlockRows;
+
+// One row's q = round(w / scale), ties to even, where scale is fp16 of max |w| / 127 over a group of kEmbeddingGroup columns.
+void QuantizeRowToInt8(const float* w, int64_t cols, int8_t* q, uint16_t* scales) {
+  for (int64_t begin = 0; begin < cols; begin += kEmbeddingGroup) {
+    const int64_t end = std::min(begin + kEmbeddingGroup, cols);
+    float largest = 0.0f;
+    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(w[i]));
+    *scales = FloatToHalf(largest / 127.0f);
+    const float scale = HalfToFloat(*scales++);
+    for (int64_t i = begin; i < end; ++i) q[i] = scale == 0.0f ? 0 : static_cast<int8_t>(std::clamp(std::nearbyint(w[i] / scale), -127.0f, 127.0f));
+  }
 }
 
+// Matrices one after the other, each by all threads: a thread reads the rows that are its share of a loop over them, so that on a machine with several
+// memory nodes they lie where they are used.
 class Loader {
  public:
-  Loader(const ModelShape& shape, const Shard& shard, const TensorFiles& files, const WeightOptions& options)
-      : shape_(shape), shard_(shard), files_(files), options_(options) {}
+  Loader(const ModelShape& shape, const Shard& shard, const TensorFiles& files, const WeightOptions& options, ThreadPool& pool,
+         const std::atomic<bool>& cancelled, LoadProgress* progress)
+      : shape_(shape), shard_(shard), files_(files), options_(options), pool_(pool), cancelled_(cancelled), progress_(progress) {
+    if (progress != nullptr) progress->total_bytes.store(MatrixBytes());
+  }
 
-  OwnedLinear Embedding(ThreadPool& pool) const {
+  OwnedLinear Embedding() const {
     const std::string name = "transformer.word_embeddings.weight";
-    OwnedLinear plain = Plain(name, shape_.vocab_size, shape_.hidden_size, RowShare(shape_.vocab_size, shape_.hidden_size));
-    if (!options_.quantize_embedding) return plain;
-    OwnedLinear quantised = QuantizeToInt8(plain.weight, name, pool);
-    return options_.integer_products ? Packed(std::move(quantised), name) : std::move(quantised);
+    const Share share = RowShare(shape_.vocab_size, shape_.hidden_size);
+    if (!options_.quantize_embedding) return Plain(name, shape_.vocab_size, shape_.hidden_size, share);
+    const TensorSource& tensor = NeedFloat(name, {shape_.vocab_size, shape_.hidden_size});
+    const int64_t cols = shape_.hidden_size, row_bytes = cols * TensorTypeBytes(tensor.type);
+    LinearWeight weight;
+    weight.type = WeightType::kI8;
+    weight.rows = share.row_count();
+    weight.cols = cols;
+    weight.group_size = kEmbeddingGroup;
+    weight.groups = (cols + kEmbeddingGroup - 1) / kEmbeddingGroup;
+    return Quantised(weight, name, [&](int64_t begin, int64_t end, uint8_t* q, int64_t stride, uint16_t* scales) {
+      std::vector<char> rows(static_cast<size_t>((end - begin) * row_bytes));
+      std::vector<float> values(static_cast<size_t>(cols));
+      ReadShare(tensor, share, begin, end, 0, row_bytes, rows.data(), row_bytes);
+      Count((end - begin) * row_bytes);
+      LinearWeight plain;
+      plain.type = tensor.type == TensorType::kF16 ? WeightType::kF16 : WeightType::kF32;
+      plain.rows = end - begin;
+      plain.cols = cols;
+      plain.data = rows.data();
+      plain.row_stride = row_bytes;
+      for (int64_t o = 0; o < end - begin; ++o) {
+        DequantizeRow(plain, o, values.data());
+        QuantizeRowToInt8(values.data(), cols, reinterpret_cast<int8_t*>(q + o * stride), scales + o * weight.groups);
+      }
+    });
   }
 
   LayerNormWeights Norm(const std::string& name) const {
@@ -164,10 +172,20 @@ class Loader {
 
   OwnedLinear Plain(const std::string& name, int64_t rows, int64_t columns, const Share& share) const {
     const TensorSource& tensor = NeedFloat(name, {rows, columns});
+    const int64_t element = TensorTypeBytes(tensor.type), bytes = share.columns * element;
     OwnedLinear linear;
-    linear.weight.type = tensor.type == TensorType::kF16 ? WeightType::kF16 : WeightType::kF32;
-    const int64_t element = TensorTypeBytes(tensor.type);
-    ReadMatrix(tensor, share, share.first_column * element, share.columns * element, linear);
+    LinearWeight& weight = linear.weight;
+    weight.type = tensor.type == TensorType::kF16 ? WeightType::kF16 : WeightType::kF32;
+    weight.rows = share.row_count();
+    weight.cols = share.columns;
+    weight.row_stride = Aligned(bytes);
+    linear.data = AlignedBuffer(weight.rows * weight.row_stride, name);
+    weight.data = linear.data.data();
+    ForBlocks(weight.rows, [&](int64_t begin, int64_t end) {
+      char* out = linear.data.as<char>() + begin * weight.row_stride;
+      ReadShare(tensor, share, begin, end, share.first_column * element, bytes, out, weight.row_stride);
+      Count((end - begin) * bytes);
+    });
     return linear;
   }
 
@@ -190,57 +208,117 @@ class Loader {
                             std::to_string(share.columns) + " of them");
     }
 
-    OwnedLinear linear;
-    linear.weight.type = int4 ? WeightType::kI4 : WeightType::kI8;
-    const int64_t per_byte = int4 ? 2 : 1;
-    ReadMatrix(tensor, share, share.first_column / per_byte, share.columns / per_byte, linear);
-
-    const int64_t group_size = columns / groups;
+    const int64_t per_byte = int4 ? 2 : 1, group_size = columns / groups;
     const int64_t first_group = share.first_column / group_size, last_group = (share.first_column + share.columns - 1) / group_size;
-    LinearWeight& weight = linear.weight;
+    LinearWeight weight;
+    weight.type = int4 ? WeightType::kI4 : WeightType::kI8;
+    weight.rows = share.row_count();
+    weight.cols = share.columns;
     weight.group_size = group_size;
     weight.group_offset = share.first_column - first_group * group_size;
     weight.groups = last_group - first_group + 1;
-    const int64_t row_bytes = weight.groups * 2;
-    linear.scales = AlignedBuffer(weight.rows * row_bytes, scales.name);
-    weight.scales = linear.scales.as<const uint16_t>();
-    char* out = linear.scales.as<char>();
-    for (const RowRange& range : share.rows) {
-      files_.ReadRows(scales, range.first, range.count, first_group * 2, row_bytes, out, row_bytes);
-      out += range.count * row_bytes;
-    }
-    return options_.integer_products ? Packed(std::move(linear), tensor.name) : std::move(linear);
+    return Quantised(weight, tensor.name, [&](int64_t begin, int64_t end, uint8_t* q, int64_t stride, uint16_t* out_scales) {
+      ReadShare(tensor, share, begin, end, share.first_column / per_byte, share.columns / per_byte, q, stride);
+      Count((end - begin) * share.columns / per_byte);
+      ReadShare(scales, share, begin, end, first_group * 2, weight.groups * 2, out_scales, weight.groups * 2);
+    });
   }
 
-  static OwnedLinear Packed(OwnedLinear from, const std::string& name) {
-    OwnedLinear packed;
-    packed.weight = from.weight;
-    packed.weight.data = nullptr;
-    packed.weight.scales = nullptr;
-    packed.data = AlignedBuffer(DescribePacked(from.weight, nullptr).Bytes(), name);
-    packed.packed = DescribePacked(from.weight, packed.data.data());
-    PackRows(from.weight, 0, from.weight.rows, packed.data.data());
-    return packed;
+  // Writes rows [begin, end) of a matrix: q, `stride` bytes from row to row, and scales, [end - begin, groups].
+  using FillRows = std::function<void(int64_t begin, int64_t end, uint8_t* q, int64_t stride, uint16_t* scales)>;
+
+  // `weight`: what the matrix is, without data. Packed: block by block from a small buffer.
+  OwnedLinear Quantised(const LinearWeight& weight, const std::string& name, const FillRows& fill) const {
+    const int64_t row_bytes = weight.cols / (weight.type == WeightType::kI4 ? 2 : 1), groups = weight.groups;
+    OwnedLinear linear;
+    linear.weight = weight;
+    if (!options_.integer_products) {
+      linear.weight.row_stride = Aligned(row_bytes);
+      linear.data = AlignedBuffer(weight.rows * linear.weight.row_stride, name);
+      linear.scales = AlignedBuffer(weight.rows * groups * 2, name);
+      linear.weight.data = linear.data.data();
+      linear.weight.scales = linear.scales.as<const uint16_t>();
+      ForBlocks(weight.rows, [&](int64_t begin, int64_t end) {
+        uint8_t* q = linear.data.as<uint8_t>() + begin * linear.weight.row_stride;
+        fill(begin, end, q, linear.weight.row_stride, linear.scales.as<uint16_t>() + begin * groups);
+      });
+      return linear;
+    }
+    const uint16_t no_scale = 0;
+    LinearWeight shape = weight;
+    shape.scales = &no_scale;
+    PackedWeight packed = DescribePacked(shape, nullptr);
+    linear.data = AlignedBuffer(packed.Bytes(), name);
+    packed.data = linear.data.as<const uint8_t>();
+    linear.packed = packed;
+    ForBlocks(weight.rows, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> q(static_cast<size_t>((end - begin) * row_bytes));
+      std::vector<uint16_t> scales(static_cast<size_t>((end - begin) * groups));
+      fill(begin, end, q.data(), row_bytes, scales.data());
+      LinearWeight block = weight;
+      block.rows = end - begin;
+      block.data = q.data();
+      block.row_stride = row_bytes;
+      block.scales = scales.data();
+      PackRows(block, 0, block.rows, linear.data.as<uint8_t>() + begin / PackedWeight::kBlockRows * packed.BlockBytes());
+    });
+    return linear;
   }
 
-  void ReadMatrix(const TensorSource& tensor, const Share& share, int64_t column_byte, int64_t bytes, OwnedLinear& linear) const {
-    LinearWeight& weight = linear.weight;
-    weight.rows = share.row_count();
-    weight.cols = share.columns;
-    weight.row_stride = (bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-    linear.data = AlignedBuffer(weight.rows * weight.row_stride, tensor.name);
-    weight.data = linear.data.data();
-    char* out = linear.data.as<char>();
+  static int64_t Aligned(int64_t bytes) { return (bytes + kRowAlignment - 1) / kRowAlignment * kRowAlignment; }
+
+  // Calls body for kBlockRows rows at a time, on all threads; throws the first error that one of them has.
+  void ForBlocks(int64_t rows, const std::function<void(int64_t begin, int64_t end)>& body) const {
+    std::mutex mutex;
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+    pool_.ParallelFor(rows, kBlockRows, [&](int64_t first, int64_t last, int) {
+      for (int64_t begin = first; begin < last && !failed.load(); begin += kBlockRows) {
+        try {
+          if (cancelled_.load()) throw Error(ErrorCode::kAborted, "loading the weights was aborted");
+          body(begin, std::min(begin + kBlockRows, last));
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          if (!failed.exchange(true)) error = std::current_exception();
+        }
+      }
+    });
+    if (error) std::rethrow_exception(error);
+  }
+
+  // Rows [begin, end) of a share, of each `bytes` bytes from `column_byte` on.
+  void ReadShare(const TensorSource& tensor, const Share& share, int64_t begin, int64_t end, int64_t column_byte, int64_t bytes, void* out,
+                 int64_t stride) const {
+    char* to = static_cast<char*>(out);
+    int64_t range_begin = 0;  // of the share's rows
     for (const RowRange& range : share.rows) {
-      files_.ReadRows(tensor, range.first, range.count, column_byte, bytes, out, weight.row_stride);
-      out += range.count * weight.row_stride;
+      const int64_t first = std::max(begin, range_begin), last = std::min(end, range_begin + range.count);
+      if (first < last) files_.ReadRows(tensor, range.first + first - range_begin, last - first, column_byte, bytes, to + (first - begin) * stride, stride);
+      range_begin += range.count;
     }
+  }
+
+  // This rank's share of all weights and qweights: what Count counts up to.
+  int64_t MatrixBytes() const {
+    const auto is_scales = [](const std::string& name) { return name.size() > 7 && name.compare(name.size() - 7, 7, ".scales") == 0; };
+    int64_t bytes = 0;
+    for (const auto& [name, tensor] : files_.tensors()) {
+      if (tensor.shape.size() == 2 && !is_scales(name)) bytes += TensorBytes(tensor) / shard_.world_size;
+    }
+    return bytes;
+  }
+
+  void Count(int64_t bytes) const {
+    if (progress_ != nullptr) progress_->done_bytes.fetch_add(bytes, std::memory_order_relaxed);
   }
 
   const ModelShape& shape_;
   const Shard& shard_;
   const TensorFiles& files_;
   const WeightOptions& options_;
+  ThreadPool& pool_;
+  const std::atomic<bool>& cancelled_;
+  LoadProgress* const progress_;
 };
 
 }  // namespace
@@ -258,30 +336,14 @@ int64_t Weights::bytes() const {
 }
 
 Weights LoadWeights(const ModelShape& shape, const Shard& shard, std::vector<TensorSource> tensors, const WeightOptions& options, ThreadPool& pool,
-                    const std::atomic<bool>& cancelled) {
+                    const std::atomic<bool>& cancelled, LoadProgress* progress) {
   CheckModelShape(shape, shard);
   const TensorFiles files(std::move(tensors));
-  const Loader loader(shape, shard, files, options);
+  const Loader loader(shape, shard, files, options, pool, cancelled, progress);
   Weights weights;
-  weights.word_embeddings = loader.Embedding(pool);
+  weights.word_embeddings = loader.Embedding();
   weights.final_layernorm = loader.Norm("transformer.final_layernorm");
-  weights.layers.resize(static_cast<size_t>(shape.num_layers));
-
-  std::mutex mutex;
-  std::exception_ptr error;
-  std::atomic<bool> failed{false};
-  pool.ParallelFor(shape.num_layers, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end && !failed.load(); ++i) {
-      try {
-        if (cancelled.load()) throw Error(ErrorCode::kAborted, "loading the weights was aborted");
-        weights.layers[static_cast<size_t>(i)] = loader.Layer(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-  });
-  if (error) std::rethrow_exception(error);
+  for (int64_t i = 0; i < shape.num_layers; ++i) weights.layers.push_back(loader.Layer(i));
   return weights;
 }
 

@@ -59,8 +59,15 @@ struct Weights {
   int64_t bytes() const;
 };
 
-// Reads layers in parallel. Throws kCheckpoint naming the tensor, what was seen and what is expected; kOutOfMemory; kAborted when `cancelled`.
+// How far loading is, for another thread to look at.
+struct LoadProgress {
+  std::atomic<int64_t> done_bytes{0};   // of the matrices in the store
+  std::atomic<int64_t> total_bytes{0};  // 0: not known yet
+};
+
+// On all threads of the pool; beside the weights each needs memory for some rows. Throws kCheckpoint naming the tensor, what was seen and what is
+// expected; kOutOfMemory; kAborted when `cancelled`. progress: may be null
 Weights LoadWeights(const ModelShape& shape, const Shard& shard, std::vector<TensorSource> tensors, const WeightOptions& options, ThreadPool& pool,
-                    const std::atomic<bool>& cancelled);
+                    const std::atomic<bool>& cancelled, LoadProgress* progress = nullptr);
 
 }  // namespace tandem

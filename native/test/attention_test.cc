@@ -142,6 +142,39 @@ TEST(attention_rows_have_the_same_bits_in_every_batch) {
   });
 }
 
+// Around the borders of chunks and of the parts that threads share out, up to where parts grow; as rows of one sequence, of two in turn, and alone.
+TEST(attention_of_long_rows_equals_ref_and_has_the_same_bits_however_it_is_split) {
+  ForEachIsa([](Isa isa) {
+    for (const KvType type : {KvType::kF16, KvType::kF32}) {
+      for (const int64_t block_size : {16, 13}) {
+        const int64_t num_heads = 3, head_dim = 20, width = num_heads * head_dim, most = 4100, num_blocks = most / block_size + 2;
+        RandomCache cache(type, num_blocks, num_heads, block_size, head_dim, 9);
+        const std::vector<uint32_t> first = RandomBlockTable(num_blocks, 1), second = RandomBlockTable(num_blocks, 2);
+        std::vector<AttentionRow> of_one, in_turn;
+        for (const int64_t visible : {1, 255, 256, 257, 258, 300, 511, 513, 1000, 1537, 2047, 2048, 2049, 2050, 2304, 2600, 4095, 4096, 4097, 4100}) {
+          of_one.push_back({first.data(), visible});
+          in_turn.push_back({in_turn.size() % 2 == 0 ? first.data() : second.data(), visible});
+        }
+        ThreadPool one(1), two(2), eight(8);
+        for (const std::vector<AttentionRow>& rows : {of_one, in_turn}) {
+          const std::string name = std::string(IsaName(isa)) + " block size " + std::to_string(block_size);
+          CheckAgainstRef(isa, cache, rows, name);
+          const int64_t m = static_cast<int64_t>(rows.size());
+          const std::vector<float> q = RandomFloats(m * width, 4);
+          std::vector<float> expected(q.size()), out(q.size());
+          Attention(isa, q.data(), rows.data(), m, cache.kv, expected.data(), one);
+          for (ThreadPool* pool : {&one, &two, &eight}) {
+            Attention(isa, q.data(), rows.data(), m, cache.kv, out.data(), *pool);
+            CHECK_SAME_BITS(name + " together", out.data(), expected.data(), m * width);
+            for (int64_t i = 0; i < m; ++i) Attention(isa, q.data() + i * width, &rows[static_cast<size_t>(i)], 1, cache.kv, out.data() + i * width, *pool);
+            CHECK_SAME_BITS(name + " alone", out.data(), expected.data(), m * width);
+          }
+        }
+      }
+    }
+  });
+}
+
 TEST(attention_does_not_depend_on_tokens_that_a_row_does_not_see) {
   ForEachIsa([](Isa isa) {
     for (const KvType type : {KvType::kF16, KvType::kF32}) {

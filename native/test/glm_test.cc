@@ -279,7 +279,10 @@ TEST(glm_shards_are_the_right_pieces) {
     const Weights whole = LoadWeights(file.shape, {0, 1}, file.tensors, {}, pool, kNotCancelled);
     for (const int world_size : {1, 2, 4}) {
       for (int rank = 0; rank < world_size; ++rank) {
-        const Weights shard = LoadWeights(file.shape, {rank, world_size}, file.tensors, {}, pool, kNotCancelled);
+        LoadProgress progress;
+        const Weights shard = LoadWeights(file.shape, {rank, world_size}, file.tensors, {}, pool, kNotCancelled, &progress);
+        CHECK(progress.total_bytes.load() > 0);
+        CHECK_EQ(progress.done_bytes.load(), progress.total_bytes.load());
         const int64_t local_f = f / world_size;
         const auto block = [&](int64_t rows) { return [=](int64_t row) { return rank * (rows / world_size) + row; }; };
         const auto same = [](int64_t row) { return row; };
@@ -340,7 +343,7 @@ TEST(glm_ranks_and_instruction_sets_agree) {
     const ModelFile file(type);
     const std::vector<float> one = RunGroup(file, 1, 1, std::nullopt, KvType::kF32);
     for (const int world_size : {2, 4}) CHECK_NEAR(TypeName(type), MaxDifference(one, RunGroup(file, world_size, 1, std::nullopt, KvType::kF32)), 0, kBound);
-    for (const Isa isa : {Isa::kGeneric, Isa::kAvx2}) {
+    for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kNeon}) {
       if (!IsaSupported(isa)) {
         test::Skip(std::string("no ") + IsaName(isa));
         continue;

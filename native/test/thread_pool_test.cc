@@ -4,6 +4,7 @@
 #include <chrono>
 #include <thread>
 
+#include "core/cpu_affinity.h"
 #include "core/error.h"
 #include "test/kernel_test.h"
 
@@ -68,6 +69,56 @@ TEST(thread_pool_runs_bodies_at_the_same_time) {
     }
   });
   CHECK(met.load());
+}
+
+// So that a thread reads the memory that it read the last time. Both wait in their first range for the other to have begun, too.
+TEST(thread_pool_threads_begin_with_their_own_share) {
+  ThreadPool pool(2);
+  for (int round = 0; round < 100; ++round) {
+    std::atomic<int> begun{0};
+    std::atomic<int64_t> first[2] = {{-1}, {-1}};
+    pool.ParallelFor(80, 10, [&](int64_t begin, int64_t, int thread) {
+      if (first[thread].load() >= 0) return;
+      first[thread] = begin;
+      ++begun;
+      const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+      while (begun.load() < 2 && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+    });
+    CHECK_EQ(first[0].load(), 0);
+    CHECK_EQ(first[1].load(), 40);
+  }
+}
+
+TEST(thread_pool_threads_run_where_they_are_told_to) {
+  const std::vector<int> allowed = AllowedCpus();
+  if (allowed.size() < 2) return Skip("this process may use one CPU only");
+  std::thread([&] {
+    ThreadPoolOptions options;
+    options.cpus = {allowed[1], allowed[0]};
+    ThreadPool own(2, options), shared(3, options);
+    const auto cpus_of_each = [](ThreadPool& pool) {
+      std::vector<std::vector<int>> cpus(static_cast<size_t>(pool.num_threads()));
+      std::atomic<int> begun{0};
+      pool.ParallelFor(pool.num_threads(), 1, [&](int64_t, int64_t, int thread) {
+        cpus[static_cast<size_t>(thread)] = AllowedCpus();
+        ++begun;
+        while (begun.load() < pool.num_threads()) std::this_thread::yield();  // so that nobody takes the others' range
+      });
+      return cpus;
+    };
+    const std::vector<int> both = {allowed[0], allowed[1]};
+    CHECK(cpus_of_each(shared) == (std::vector<std::vector<int>>{both, both, both}));
+    PinThisThread({allowed[1]});  // the caller, as the second pool left it elsewhere
+    CHECK(cpus_of_each(own) == (std::vector<std::vector<int>>{{allowed[1]}, {allowed[0]}}));
+    options.cpus = {1023, 1022};
+    CHECK_THROWS(ThreadPool(2, options), ErrorCode::kInvalidArgument);
+  }).join();
+}
+
+TEST(cpu_lists_are_written_as_ranges) {
+  CHECK_EQ(FormatCpuList({}), std::string());
+  CHECK_EQ(FormatCpuList({3}), std::string("3"));
+  CHECK_EQ(FormatCpuList({0, 1, 2, 3, 8, 10, 11}), std::string("0-3,8,10-11"));
 }
 
 TEST(thread_pool_refuses_to_have_no_thread) {

@@ -35,7 +35,7 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
           request: toGenerationRequest(call.request, limits),
           context: contextOf(call),
         }));
-        const prepared = await service.prepare(request, endOf(call));
+        const prepared = await service.prepare(request, endOf(call), context);
         const ticket = started(service.generate(prepared, context, (delta) => writer.writeBytes(encodeDelta(delta))));
         writer.write(encodeFinish(ticket.requestId, await ticket.done));
       }),
@@ -55,7 +55,7 @@ export function generationHandlers(api: GrpcApi): GenerationHandlers {
     Score: (call, callback) =>
       void answer(callback, log, async () => {
         const { request, context } = checked(api, () => ({ request: toScoreRequest(call.request, limits), context: contextOf(call) }));
-        const ticket = cancelWith(call, service.score(await service.prepareScore(request, endOf(call)), context));
+        const ticket = cancelWith(call, service.score(await service.prepareScore(request, endOf(call), context), context));
         call.sendMetadata(requestIdMetadata(ticket));
         return encodeScore(await ticket.done);
       }),

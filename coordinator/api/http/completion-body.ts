@@ -146,6 +146,12 @@ export function toCompletionCall(body: unknown, context: BodyContext): Completio
   const stream = parsed.stream ?? false;
   if (stream && candidates > numChoices && !isBeamSearch) throw invalid('best_of', 'more candidates than n can not be streamed');
   if (stream && isBeamSearch && numChoices > 1) throw invalid('n', 'of a beam search only the best beam can be streamed: set n to 1');
+  if (parsed.best_of !== undefined && isBeamSearch && parsed.num_beams !== undefined) {
+    throw invalid('best_of', 'not beside num_beams, which says how many beams there are');
+  }
+  if (!isBeamSearch && parsed.length_penalty !== undefined) throw invalid('length_penalty', 'only with beam search: set num_beams');
+  if (!isBeamSearch && (parsed.no_repeat_ngram_size ?? 0) > 0)
+    throw invalid('no_repeat_ngram_size', 'only with beam search: set num_beams');
   if (!stream && parsed.stream_options !== undefined) throw invalid('stream_options', 'only with stream true');
 
   const suffix = parsed.suffix === '' ? null : (parsed.suffix ?? null);

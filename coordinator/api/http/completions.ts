@@ -38,6 +38,7 @@ export function addCompletionRoute(app: FastifyInstance, api: HttpApi, groups: R
     const prepared = await service.prepareAll(
       asked.map((job) => job.request),
       endOf(reply),
+      asked[0]!.context,
     );
     const jobs = asked.map(({ context }, i) => ({ request: prepared[i]!, context: { ...context, traceParent } }));
     void reply.header('x-request-id', id);

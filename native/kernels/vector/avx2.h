@@ -103,6 +103,10 @@ constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them f
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
+TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), bytes.b);
+}
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes.a, mask), _mm256_and_si256(bytes.b, mask)};
@@ -119,14 +123,17 @@ TANDEM_INLINE __m256i Four(const int8_t* x) {
   std::memcpy(&four, x, sizeof four);
   return _mm256_set1_epi32(four);
 }
-TANDEM_INLINE I4Sums ZeroI4Sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // sums + _mm256_maddubs_epi16(rows, x). Of the intrinsics GCC makes many products before their sums, until 16 registers do not hold them.
 TANDEM_INLINE __m256i AddProducts(__m256i sums, __m256i rows, __m256i x) {
   __m256i product;
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sums), "=&x"(product) : "x"(rows), "x"(x));
   return sums;
 }
-TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+TANDEM_INLINE I4Sums DotI4(U8x64 rows, const int8_t* x) {
+  const __m256i four = Four(x);
+  return {_mm256_maddubs_epi16(rows.a, four), _mm256_maddubs_epi16(rows.b, four)};
+}
+TANDEM_INLINE I4Sums AddDotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
   const __m256i four = Four(x);
   return {AddProducts(sums.a, rows.a, four), AddProducts(sums.b, rows.b, four)};
 }

@@ -89,6 +89,7 @@ struct I4Sums {
 constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them fit into 16 bits
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return _mm512_loadu_si512(p); }
+TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { _mm512_storeu_si512(p, bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles(_mm512_srli_epi16(bytes, 4)); }
 TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {
@@ -102,8 +103,8 @@ TANDEM_INLINE __m512i Four(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 TANDEM_INLINE __m512i AddPairs(__m512i sums, __m512i pairs) { return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))); }
-TANDEM_INLINE I4Sums ZeroI4Sums() { return {_mm512_setzero_si512()}; }
-TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+TANDEM_INLINE I4Sums DotI4(U8x64 rows, const int8_t* x) { return {_mm512_maddubs_epi16(rows, Four(x))}; }
+TANDEM_INLINE I4Sums AddDotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
   return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(rows, Four(x)))};
 }
 TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) { return AddPairs(sums, i4_sums.v); }

@@ -20,8 +20,8 @@ struct I4Sums {
 constexpr int kI4Dots = 32;  // any number; a segment has 32
 
 TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) { return bytes; }
-TANDEM_INLINE I4Sums ZeroI4Sums() { return {_mm512_setzero_si512()}; }
-TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) { return {_mm512_dpbusd_epi32(sums.v, rows, Four(x))}; }
+TANDEM_INLINE I4Sums DotI4(U8x64 rows, const int8_t* x) { return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), rows, Four(x))}; }
+TANDEM_INLINE I4Sums AddDotI4(I4Sums sums, U8x64 rows, const int8_t* x) { return {_mm512_dpbusd_epi32(sums.v, rows, Four(x))}; }
 TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) { return _mm512_add_epi32(sums, i4_sums.v); }
 TANDEM_INLINE I32x16 DotI8(I32x16 sums, I8Rows rows, const int8_t* x) { return _mm512_dpbusd_epi32(sums, rows, Four(x)); }
 

@@ -6,7 +6,8 @@
 //
 // For 16 rows of weights at a time (kernels/packed_linear.h has the layout) there are the types U8x64, 16 rows of 4 bytes; I32x16 and F32x16, a number
 // for each row; I8Rows, what DotI8 wants to know of a U8x64; I4Sums, for each row sums of products that may be narrower than 32 bits; and
-//   DotI4(sums, rows, x)       I4Sums + for each row byte[0..3] . x[0..3], for bytes up to 15, x of int8 > -128; at most kI4Dots times from ZeroI4Sums() on
+//   DotI4(rows, x)             for each row byte[0..3] . x[0..3], for bytes up to 15, x of int8 > -128
+//   AddDotI4(sums, rows, x)    I4Sums + DotI4(rows, x); the sum of at most kI4Dots of them
 //   AddI4Sums(sums, i4_sums)   I32x16 + I4Sums
 //   DotI8(sums, rows, x)       I32x16 + for each row (byte - 128 + kI8Offset)[0..3] . x[0..3], for any bytes, x of int8 > -128
 //   AddScaled(y, sums, w, x)   y + float(sums) * (w * x), each product and the sum rounded
@@ -129,6 +130,7 @@ TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
   std::memcpy(&bytes, p, sizeof bytes);
   return bytes;
 }
+TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { std::memcpy(p, &bytes, sizeof bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   for (I16& v : bytes.v) v &= 0x0f0f;
   return bytes;
@@ -158,13 +160,13 @@ TANDEM_INLINE void EvenAndOdd(const int8_t* x, I16* even, I16* odd) {
   *odd = all >> 8;
 }
 TANDEM_INLINE I32 AddPairs(I32 sums, I16 pairs) { return sums + ((I32)((I32)pairs << 16) >> 16) + ((I32)pairs >> 16); }
-TANDEM_INLINE I4Sums ZeroI4Sums() { return {}; }
-TANDEM_INLINE I4Sums DotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
+TANDEM_INLINE I4Sums AddDotI4(I4Sums sums, U8x64 rows, const int8_t* x) {
   I16 even, odd;
   EvenAndOdd(x, &even, &odd);
   for (int i = 0; i < 4; ++i) sums.v[i] += (rows.v[i] & 0xff) * even + (rows.v[i] >> 8) * odd;
   return sums;
 }
+TANDEM_INLINE I4Sums DotI4(U8x64 rows, const int8_t* x) { return AddDotI4({}, rows, x); }
 TANDEM_INLINE I32x16 AddI4Sums(I32x16 sums, I4Sums i4_sums) {
   for (int i = 0; i < 4; ++i) sums.v[i] = AddPairs(sums.v[i], i4_sums.v[i]);
   return sums;
