@@ -17,6 +17,8 @@ import { compareRuns, readRecord, recordFile, writeRecord, type RecordedRun } fr
 import { renderComparisons, renderMarkdown, renderText, replaceSection } from './report.js';
 import { summarize, type CaseSummary } from './summary.js';
 
+/** Share of the processors' time that nobody minds. */
+const MOST_OTHER_LOAD = 0.1;
 const documentFile = join(packageRoot, 'docs', 'performance.md');
 const progress = (message: string): void => void process.stderr.write(`bench: ${message}\n`);
 
@@ -51,6 +53,9 @@ async function main(): Promise<number> {
 
   if (options.json) process.stdout.write(`${JSON.stringify({ isa, ...run, ...(options.check ? { comparisons } : {}) }, null, 2)}\n`);
   else process.stdout.write(`${renderText(isa, run)}\n`);
+  const otherLoad = Math.max(...Object.values(run.cases).map((summary) => summary.otherLoad ?? 0));
+  if (otherLoad > MOST_OTHER_LOAD)
+    progress(`other work took up to ${(otherLoad * 100).toFixed(0)} % of the processors: do not rely on these figures`);
   if (options.record) {
     const record = { ...readRecord(), [isa]: run };
     writeRecord(record);

@@ -23,7 +23,7 @@ export async function installPeer(progress: (message: string) => void): Promise<
   if (system !== SYSTEM) throw new ConfigError(`the peer is set up for ${SYSTEM}, this is ${system}`);
   if (await isInstalled()) return;
   progress('installing the peer');
-  // Not `npm ci`: it wants every optional dependency in the lock file, and some of them are in no registry.
+  // Not `npm ci`: it wants every optional dependency in the lock file, and some of those for other systems were not to be had.
   const args = ['install', '--no-save', '--omit=optional', '--ignore-scripts', '--no-audit', '--no-fund'];
   await promisify(execFile)('npm', args, { cwd: peerDir }).catch((error: Error & { stderr?: string }) => {
     const reason = error.stderr?.split('\n').find((line) => /^npm error (?!code |syscall |errno |path )\S/.test(line));
