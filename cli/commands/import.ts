@@ -68,7 +68,7 @@ export const importCommand: CommandModule<unknown, ImportArgs> = {
       .option('memory-limit', byteSize('memory-limit', { describe: 'Memory that the import may take (default: 4GiB)' }))
       .option(
         'threads',
-        wholeNumber('threads', { min: 1, max: 1024, describe: 'Threads (default: two for each core, as far as memory allows)' }),
+        wholeNumber('threads', { min: 1, max: 1024, describe: 'Threads (default: one more than cores, as far as memory allows)' }),
       )
       .option('dry-run', { type: 'boolean', default: false, describe: 'Print what would be done: tensors, sizes, disk and memory needed' })
       .option('restart', {

@@ -44,12 +44,12 @@ const minPieceBytes = 2 ** 20;
 const progressEveryMs = 100;
 
 /**
- * Twice as many threads as there are cores, so that some compute while others wait for the disk, and as much memory as that takes; fewer
- * where the limit is lower.
+ * A thread for each core, and one more for those that wait for the disk: the kernel fetches what they read next. More would only take time from
+ * the largest tensor, which is one thread's. As much memory as that takes; fewer threads where the limit is lower.
  * @throws ConfigError where the limit is too low for one thread
  */
 export function chooseWorkers(options: { memoryLimit: number; threads: number | null; largestRowBytes: number }): Workers {
-  const wanted = options.threads ?? 2 * availableParallelism();
+  const wanted = options.threads ?? availableParallelism() + 1;
   const smallest = Math.max(minPieceBytes, options.largestRowBytes);
   const perThread = (pieceBytes: number): number => threadBytes + PieceBuffers.bytesFor(pieceBytes);
   const room = options.memoryLimit - processBytes;
