@@ -108,7 +108,7 @@ async function killAndResume(): Promise<{ kills: number; isSame: boolean; lastOu
     last = await runImport(
       join(archive, '*.part_*'),
       store,
-      kills < options.kills ? Math.random() * (usualMs / (options.kills / 2)) + 500 : null,
+      kills < options.kills ? 500 + Math.random() * (usualMs / options.kills) : null,
     );
     if (last.killed) kills++;
   } while (last.killed);
