@@ -1,4 +1,4 @@
-// One rank's shard of a model's weights: its rows, columns and heads, cut out of the whole tensors of a store (model-spec section 1.2).
+// One rank's shard of a model's weights in this machine's memory, as the CPU's kernels take them.
 #pragma once
 
 #include <atomic>
@@ -12,6 +12,7 @@
 #include "model/aligned_buffer.h"
 #include "model/model_shape.h"
 #include "model/tensor_file.h"
+#include "model/weight_reader.h"
 
 namespace tandem {
 
@@ -33,23 +34,8 @@ struct WeightOptions {
   // The word embeddings are kept in INT8, with a scale for every kEmbeddingGroup columns of a row, instead of as the store has them.
   bool quantize_embedding = false;
 };
-constexpr int64_t kEmbeddingGroup = 128;
 
-struct LayerNormWeights {
-  std::vector<float> weight, bias;  // [hidden_size]
-};
-
-struct LayerWeights {
-  LayerNormWeights input_layernorm, post_attention_layernorm;
-  OwnedLinear query_key_value;              // [3 h / R, h]: whole heads, in each q, k, v
-  std::vector<float> query_key_value_bias;  // [3 h / R]
-  OwnedLinear dense;                        // [h, h / R]
-  std::vector<float> dense_bias;            // [h]: added once, after the all-reduce
-  OwnedLinear dense_h_to_4h;                // [2 f / R, h]: this rank's block of the linear half, then its block of the GELU half
-  std::vector<float> dense_h_to_4h_bias;    // [2 f / R]
-  OwnedLinear dense_4h_to_h;                // [h, f / R]
-  std::vector<float> dense_4h_to_h_bias;    // [h]: added once, after the all-reduce
-};
+using LayerWeights = LayerOf<OwnedLinear>;
 
 struct Weights {
   OwnedLinear word_embeddings;  // [V / R, h]: the lookup table and, tied, the output projection
@@ -57,12 +43,6 @@ struct Weights {
   LayerNormWeights final_layernorm;
 
   int64_t bytes() const;
-};
-
-// How far loading is, for another thread to look at.
-struct LoadProgress {
-  std::atomic<int64_t> done_bytes{0};   // of the matrices in the store
-  std::atomic<int64_t> total_bytes{0};  // 0: not known yet
 };
 
 // On all threads of the pool; beside the weights each needs memory for some rows. Throws kCheckpoint naming the tensor, what was seen and what is
