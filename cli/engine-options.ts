@@ -1,7 +1,9 @@
 import type { Options } from 'yargs';
+import type { KvDtype } from '../model/kv-blocks.js';
 
 /** How workers compute: the flags that `serve` and the commands with a server of their own have in common. */
 export interface EngineArgs {
+  device: string;
   kvDtype: string;
   isa: string;
   activations: string;
@@ -9,7 +11,9 @@ export interface EngineArgs {
 }
 
 export interface EngineFlags {
-  readonly kvDtype: 'fp16' | 'fp32';
+  /** `cuda`: rank N takes GPU N. */
+  readonly device: 'cpu' | 'cuda';
+  readonly kvDtype: KvDtype;
   readonly isa: string;
   readonly activations: 'int8' | 'float';
   readonly quantizeEmbedding: 'none' | 'int8';
@@ -21,7 +25,8 @@ export function engineOptions({ kvDtype, activations }: Pick<EngineFlags, 'kvDty
     ...(group === undefined ? {} : { group }),
   });
   return {
-    'kv-dtype': choice(['fp16', 'fp32'], kvDtype, 'Precision of the KV cache'),
+    device: choice(['cpu', 'cuda'], 'cpu', 'What workers compute on; cuda: each on a GPU of its own, rank 0 on the first'),
+    'kv-dtype': choice(['fp16', 'fp32', 'int8'], kvDtype, 'Precision of the KV cache; fp32 is for CPUs, int8 for GPUs'),
     activations: choice(
       ['int8', 'float'],
       activations,
@@ -32,9 +37,10 @@ export function engineOptions({ kvDtype, activations }: Pick<EngineFlags, 'kvDty
   };
 }
 
-export function engineFlags({ kvDtype, isa, activations, quantizeEmbedding }: EngineArgs): EngineFlags {
+export function engineFlags({ device, kvDtype, isa, activations, quantizeEmbedding }: EngineArgs): EngineFlags {
   return {
-    kvDtype: kvDtype === 'fp32' ? 'fp32' : 'fp16',
+    device: device === 'cuda' ? 'cuda' : 'cpu',
+    kvDtype: kvDtype === 'fp32' || kvDtype === 'int8' ? kvDtype : 'fp16',
     isa,
     activations: activations === 'float' ? 'float' : 'int8',
     quantizeEmbedding: quantizeEmbedding === 'int8' ? 'int8' : 'none',

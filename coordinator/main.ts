@@ -4,7 +4,7 @@ import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/addres
 import { ConfigError } from '../common/errors.js';
 import { cpusOfRank, formatCpuList } from '../common/cpu-list.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
-import { kvBlockSize } from '../model/kv-blocks.js';
+import { kvBlockSize, type KvDtype } from '../model/kv-blocks.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
@@ -17,7 +17,7 @@ import { createGrpcServer } from './api/grpc-server.js';
 import { createHttpServer } from './api/http/http-server.js';
 import { listenHttp } from './api/http/listen-http.js';
 import { ServingService, type ServerState } from './api/service.js';
-import { kvBlocksFor } from './group/kv-capacity.js';
+import { kvBlocksFor, kvBlocksOfGpu } from './group/kv-capacity.js';
 import { Supervisor } from './group/supervisor.js';
 import { linkService } from './group/wire.js';
 import { WorkerGroup } from './group/worker-group.js';
@@ -49,10 +49,12 @@ export interface ServeOptions {
   readonly workerToken: string | null;
   /** Executable and arguments of one worker, for supervised ones: the link's address and the rank are appended. */
   readonly workerCommand: readonly string[];
-  /** Null: enough for 32 sequences of full length, within a quarter of the memory. */
+  /** Null: on CPUs enough for 32 sequences of full length, within a quarter of the memory; on GPUs what fits beside the weights. */
   readonly kvBlocks: number | null;
   readonly engine: {
-    readonly kvDtype: 'fp16' | 'fp32';
+    /** Of the workers that are started here; `cuda`: rank N takes GPU N. */
+    readonly device: 'cpu' | 'cuda';
+    readonly kvDtype: KvDtype;
     /** `auto`: the best that each worker's CPU has. */
     readonly isa: string;
     readonly activations: 'int8' | 'float';
@@ -96,6 +98,7 @@ const MAX_RESTARTS_PER_MINUTE = 5;
 export async function startServer(options: ServeOptions): Promise<RunningServer> {
   const startMs = performance.now();
   const { cpus, worldSize } = options;
+  const { device, ...engine } = options.engine;
   const cpusOf = cpus === null ? null : Array.from({ length: worldSize }, (_, rank) => cpusOfRank(cpus, rank, worldSize));
   const log = createLogger('coordinator', options.logLevel);
   const { gate, tls } = loadAccess(options, log);
@@ -121,11 +124,13 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     worldSize: options.worldSize,
     modelPath: store.dir,
     threads: options.threads,
-    engine: options.engine,
+    engine,
     kvBlockSize,
-    kvBlocks: (totalMemoryBytes) =>
-      options.kvBlocks ??
-      kvBlocksFor({ config, share, blockSize: kvBlockSize, dtype: options.engine.kvDtype, totalMemoryBytes, ranks: options.worldSize }),
+    kvBlocks: (totalMemoryBytes, deviceKind) => {
+      if (options.kvBlocks !== null) return options.kvBlocks;
+      const cache = { config, share, blockSize: kvBlockSize, dtype: engine.kvDtype, totalMemoryBytes, ranks: worldSize };
+      return deviceKind === 'cpu' ? kvBlocksFor(cache) : kvBlocksOfGpu({ ...cache, weights: store.quantization?.bits ?? 16 });
+    },
     maxBatchTokens,
     collectiveTimeoutMs: options.stepTimeoutMs,
     stepTimeoutMs: options.stepTimeoutMs,
@@ -229,6 +234,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         worldSize: options.worldSize,
         command: (rank) => [
           ...[...options.workerCommand, '--coordinator', linkAddress, '--log-level', options.logLevel, '--rank', String(rank)],
+          ...['--device', device === 'cpu' ? 'cpu' : `cuda:${rank}`],
           ...(cpusOf === null ? [] : ['--cpus', formatCpuList(cpusOf[rank]!)]),
         ],
         env: { ...process.env, TANDEM_WORKER_TOKEN: token! },

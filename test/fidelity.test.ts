@@ -6,6 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { TandemClient } from '../cli/client.js';
 import { startLocalCluster, type LocalCluster } from '../cli/local-cluster.js';
 import type { GenerateRequest } from '../proto/generated/tandem/v1/GenerateRequest.js';
+import { EngineRanks, type Run } from './support/engine-ranks.js';
 import {
   argmax,
   bidirectionalTokens,
@@ -25,6 +26,7 @@ import {
 
 /** The reference computes in floating point. */
 const EXACT = { kvDtype: 'fp32', activations: 'float' } as const;
+const EXACT_RANKS = { ...EXACT, device: 'cpu' } as const;
 const LOGITS = 1e-3;
 const LOGPROBS = 5e-4;
 const RELATIVE_LOSS = 1e-5;
@@ -123,6 +125,10 @@ function logitsOf(client: TandemClient, { tokens, position_ids: positions, mask 
     bidirectionalTokens: bidirectionalTokens(mask),
     rows: tokens.length,
   });
+}
+
+function runOf({ tokens, position_ids: positions, mask }: Row): Run {
+  return { tokens, positions: positionsOf(positions, tokens.length), bidirectionalTokens: bidirectionalTokens(mask) };
 }
 
 /** Rows of a mask are `1` where a column is seen: a context that sees itself, then blocks that see it and, causally, themselves. */
@@ -362,18 +368,14 @@ describe.each(RANDOM_MODELS)('random model %s: rotary precision', (model) => {
     { precision: 'half_freq', tolerance: LOGITS },
     { precision: 'half', tolerance: HALF_ROTARY },
   ] as const)('$precision', async ({ precision, tolerance }) => {
-    const cluster = await startLocalCluster({
-      model: await randomStore(model, { rotaryPrecision: precision }),
-      worldSize: 2,
-      engine: EXACT,
-    });
+    const ranks = await EngineRanks.load({ store: await randomStore(model, { rotaryPrecision: precision }), worldSize: 2, engine: EXACT_RANKS });
     try {
       for (const row of readGolden<{ cases: RotaryCase[] }>(`random/${model}/rotary-variants.json`).cases) {
-        const got = await logitsOf(cluster.client, row);
-        expect(maxDifference(got.at(-1)!, floats(row[precision]))).toBeLessThan(tolerance);
+        const [got] = await ranks.logits(runOf(row), 1);
+        expect(maxDifference(got!, floats(row[precision]))).toBeLessThan(tolerance);
       }
     } finally {
-      await cluster.close();
+      await ranks.dispose();
     }
   });
 });
@@ -397,32 +399,43 @@ describe.each(
     })),
   ),
 )('random model $model quantised as $layout', ({ model, layout, quantised }) => {
-  // The scales belong to the layout's ranks; how many workers compute with them is another matter. Each combination costs the start
-  // of a cluster, so a layout is tried at numbers of workers that are not its own.
-  const ranks = Number(/^tp(\d+)/.exec(layout)![1]);
-  test.each([1, 2, 4].filter((worldSize) => worldSize !== ranks && worldSize <= RANDOM_HEADS[model] && !(ranks === 4 && worldSize === 1)))(
-    'with %i worker(s)',
-    async (worldSize) => {
-      const store = await randomStore(model, { quantize: quantised.bits, ranks });
-      const cluster = await startLocalCluster({ model: store, worldSize, engine: EXACT });
-      try {
-        for (const row of quantised.inputs) {
-          const got = await logitsOf(cluster.client, row);
-          expect(maxDifference(got.at(-1)!, floats(row.float.last_logits)), row.case).toBeLessThan(LOGITS);
-          expect(got.map(argmax)).toEqual(row.float.argmax);
-          expect(maxDifference(got.map(logSumExp), row.float.logsumexp)).toBeLessThan(LOGITS);
-        }
-        const { input, mask_position: maskPosition, gmask, generated } = quantised.greedy;
-        const finish = await cluster.client.generate({
-          ...spanPrompt(input, maskPosition, gmask ? 'gmask' : 'mask'),
-          temperature: 0,
-          maxNewTokens: generated.length,
-          endTokens: { ids: [] },
-        });
-        expect(finish.outputs[0]!.blanks[0]!.tokens).toEqual(generated);
-      } finally {
-        await cluster.close();
+  // The scales belong to the layout's ranks; how many workers compute with them is another matter.
+  const ranksOfScales = Number(/^tp(\d+)/.exec(layout)![1]);
+  test.each([1, 2, 4].filter((worldSize) => worldSize <= RANDOM_HEADS[model]))('with %i rank(s)', async (worldSize) => {
+    const store = await randomStore(model, { quantize: quantised.bits, ranks: ranksOfScales });
+    const ranks = await EngineRanks.load({ store, worldSize, engine: EXACT_RANKS });
+    try {
+      for (const row of quantised.inputs) {
+        const got = await ranks.logits(runOf(row));
+        expect(maxDifference(got.at(-1)!, floats(row.float.last_logits)), row.case).toBeLessThan(LOGITS);
+        expect(got.map(argmax)).toEqual(row.float.argmax);
+        expect(maxDifference(got.map(logSumExp), row.float.logsumexp)).toBeLessThan(LOGITS);
       }
-    },
-  );
+    } finally {
+      await ranks.dispose();
+    }
+  });
+});
+
+/** The start of a server takes seconds: one layout of each precision. */
+const GENERATING = RANDOM_MODELS.flatMap((model) => {
+  const { cases } = readGolden<{ cases: QuantisedCase[] }>(`random/${model}/quantised.json`);
+  return ([8, 4] as const).map((bits) => ({ model, bits, quantised: cases.find((quantised) => quantised.bits === bits)! }));
+});
+
+test.each(GENERATING)('random model $model in INT$bits generates through the server', async ({ model, bits, quantised: { layout, greedy } }) => {
+  const store = await randomStore(model, { quantize: bits, ranks: Number(/^tp(\d+)/.exec(layout)![1]) });
+  const cluster = await startLocalCluster({ model: store, worldSize: 2, engine: EXACT });
+  try {
+    const { input, mask_position: maskPosition, gmask, generated } = greedy;
+    const finish = await cluster.client.generate({
+      ...spanPrompt(input, maskPosition, gmask ? 'gmask' : 'mask'),
+      temperature: 0,
+      maxNewTokens: generated.length,
+      endTokens: { ids: [] },
+    });
+    expect(finish.outputs[0]!.blanks[0]!.tokens).toEqual(generated);
+  } finally {
+    await cluster.close();
+  }
 });

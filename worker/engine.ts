@@ -1,12 +1,15 @@
 import {
   loadAddon,
   nativeErrorCode,
+  type GpuDescription,
   type LoadProgress,
   type NativeAddon,
   type NativeEngine,
   type NativeEngineOptions,
   type NativeIsa,
+  type KvDtype as NativeKvDtype,
 } from '../native/binding/addon.js';
+import type { Device } from '../common/device.js';
 import { openStore } from '../model/store/open-store.js';
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 
@@ -15,6 +18,11 @@ export type { LoadProgress, NativeEngine };
 /** The native addon's description, for the Hello; throws a ConfigError if the addon is not built. */
 export function nativeBuild(): NativeAddon['build'] {
   return loadAddon().build;
+}
+
+/** @throws ConfigError as NativeAddon.describeGpu */
+export function describeGpu(gpu: number): GpuDescription {
+  return loadAddon().describeGpu(gpu);
 }
 
 /**
@@ -32,7 +40,7 @@ export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal'
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */
 export async function loadEngine(
   assignment: Assignment__Output,
-  { rank, cpus, onStart }: { rank: number; cpus: readonly number[]; onStart: (progress: () => LoadProgress) => void },
+  { rank, device, cpus, onStart }: { rank: number; device: Device; cpus: readonly number[]; onStart: (progress: () => LoadProgress) => void },
 ): Promise<NativeEngine> {
   const store = await openStore(assignment.modelPath);
   const { config } = store;
@@ -51,12 +59,14 @@ export async function loadEngine(
     tensors: store.tensors,
     rank,
     worldSize: assignment.worldSize,
+    device: device.kind,
+    gpu: device.kind === 'cuda' ? device.gpu : 0,
     threads: assignment.threads,
     cpus,
     isa: assignment.isa === 'auto' ? null : (assignment.isa as NativeIsa),
     activations: assignment.activations === 'float' ? 'float' : 'int8',
     quantizeEmbedding: assignment.quantizeEmbedding === 'int8' ? 'int8' : 'none',
-    kv: { numBlocks: assignment.kvBlocks, blockSize: assignment.kvBlockSize, dtype: assignment.kvDtype === 'fp32' ? 'fp32' : 'fp16' },
+    kv: { numBlocks: assignment.kvBlocks, blockSize: assignment.kvBlockSize, dtype: assignment.kvDtype as NativeKvDtype },
     maxBatchTokens: assignment.maxBatchTokens,
     communicator: assignment.worldSize === 1 ? null : { name: assignment.communicator, timeoutMs: assignment.collectiveTimeoutMs },
   };

@@ -1,5 +1,6 @@
 import { totalmem } from 'node:os';
 import type { ClientDuplexStream } from '@grpc/grpc-js';
+import { type Device, formatDevice } from '../common/device.js';
 import { TandemError } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
 import { packageVersion } from '../common/package-root.js';
@@ -7,13 +8,14 @@ import type { CoordinatorMessage__Output } from '../proto/generated/tandem/v1/Co
 import type { Assignment__Output } from '../proto/generated/tandem/v1/Assignment.js';
 import type { Memory } from '../proto/generated/tandem/v1/Memory.js';
 import type { WorkerMessage } from '../proto/generated/tandem/v1/WorkerMessage.js';
-import { failureKind, type LoadProgress, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
+import { describeGpu, failureKind, type LoadProgress, loadEngine, nativeBuild, type NativeEngine } from './engine.js';
 
 export type WorkerLinkStream = ClientDuplexStream<WorkerMessage, CoordinatorMessage__Output>;
 
 export interface LinkOptions {
   readonly rank: number;
   readonly token: string;
+  readonly device: Device;
   /** Where the engine's threads run; empty: anywhere. */
   readonly cpus: readonly number[];
   readonly log: Logger;
@@ -29,7 +31,7 @@ export type LinkEnd = { readonly kind: 'shutdown' } | { readonly kind: 'dismisse
  * Runs the coordinator's commands on this rank, in order, until the link ends. Ranks that run different steps hang in their
  * next collective, so a gap in the step ids is an error. Steps are not awaited: the engine's thread queues them.
  */
-export function serveLink(link: WorkerLinkStream, { rank, token, cpus, log }: LinkOptions): Promise<LinkEnd> {
+export function serveLink(link: WorkerLinkStream, { rank, token, device, cpus, log }: LinkOptions): Promise<LinkEnd> {
   return new Promise((resolve) => {
     let engine: NativeEngine | null = null;
     let epoch = 0;
@@ -65,7 +67,7 @@ export function serveLink(link: WorkerLinkStream, { rank, token, cpus, log }: Li
         if (tenths > loggedTenths) log.info({ epoch, doneBytes, totalBytes }, `loading the shard: ${tenths * 10} %`);
         loggedTenths = tenths;
       }, assignment.heartbeatMs);
-      engine = await loadEngine(assignment, { rank, cpus, onStart: (of) => (progress = of) });
+      engine = await loadEngine(assignment, { rank, device, cpus, onStart: (of) => (progress = of) });
       const loadMs = Math.round(performance.now() - start);
       log.info({ epoch, loadMs, weightBytes: engine.memory.weightBytes, kvBytes: engine.memory.kvBytes }, 'shard loaded');
       link.write({ ready: { epoch, loadMs, memory: memoryOf(engine) } });
@@ -95,7 +97,9 @@ export function serveLink(link: WorkerLinkStream, { rank, token, cpus, log }: Li
     link.on('end', () => end({ kind: 'broken', reason: 'the coordinator closed the link' }));
 
     const { isa } = nativeBuild();
-    link.write({ hello: { rank, pid: process.pid, device: 'cpu', isa, totalMemoryBytes: totalmem(), version: packageVersion, token } });
+    const { name, totalBytes } = device.kind === 'cuda' ? describeGpu(device.gpu) : { name: '', totalBytes: totalmem() };
+    const about = { device: formatDevice(device), deviceName: name, isa, totalMemoryBytes: totalBytes, version: packageVersion };
+    link.write({ hello: { rank, pid: process.pid, ...about, token } });
   });
 }
 

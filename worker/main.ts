@@ -1,5 +1,6 @@
 import { WorkerLink } from '../common/services.js';
 import { ConfigError, WorkerLostError } from '../common/errors.js';
+import type { Device } from '../common/device.js';
 import { createLogger, type LogLevel } from '../common/log.js';
 import { clientAddress, clientCredentials, LINK_CHANNEL_OPTIONS } from '../common/address.js';
 import { serveLink } from './link.js';
@@ -9,6 +10,7 @@ export interface WorkerOptions {
   readonly coordinator: string;
   readonly rank: number;
   readonly token: string;
+  readonly device: Device;
   /** Where the engine's threads run; empty: anywhere. */
   readonly cpus: readonly number[];
   readonly logLevel: LogLevel;
@@ -31,7 +33,7 @@ export async function runWorker(options: WorkerOptions): Promise<'shutdown' | 'd
         else resolve();
       });
     });
-    const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, cpus: options.cpus, log });
+    const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, device: options.device, cpus: options.cpus, log });
     if (end.kind === 'broken') throw new WorkerLostError(`link to ${options.coordinator} ended: ${end.reason}`);
     log.info(`ended by the coordinator: ${end.kind}`);
     return end.kind;

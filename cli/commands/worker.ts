@@ -1,5 +1,6 @@
 import type { CommandModule } from 'yargs';
 import { parseCpuList } from '../../common/cpu-list.js';
+import { parseDevice } from '../../common/device.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { runWorker } from '../../worker/main.js';
 import { wholeNumber } from '../number-option.js';
@@ -10,6 +11,7 @@ const EXIT_START_AGAIN = 75;
 interface WorkerArgs {
   coordinator: string;
   rank: number;
+  device: string;
   cpus: string | undefined;
   connectTimeoutMs: number;
   logLevel: string;
@@ -22,6 +24,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
     yargs
       .option('coordinator', { type: 'string', demandOption: true, describe: "The coordinator's worker address: unix:/path or host:port" })
       .option('rank', wholeNumber('rank', { min: 0, demandOption: true, describe: 'This rank, from 0' }))
+      .option('device', { type: 'string', requiresArg: true, default: 'cpu', describe: 'What this rank computes on: cpu, or a GPU as in cuda:0' })
       .option('cpus', { type: 'string', requiresArg: true, describe: "CPUs of the engine's threads, as in 0-3,8 (default: any)" })
       .option(
         'connect-timeout-ms',
@@ -43,6 +46,7 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
       coordinator: args.coordinator,
       rank: args.rank,
       token,
+      device: parseDevice(args.device),
       cpus,
       logLevel: args.logLevel as LogLevel,
       connectTimeoutMs: args.connectTimeoutMs,

@@ -1,10 +1,11 @@
 import { ConfigError } from '../../common/errors.js';
 import { kvBlockBytes, type KvBlockShape } from '../../model/kv-blocks.js';
+import { planMemory } from '../../model/memory-plan.js';
 import type { ModelConfig } from '../../model/model-config.js';
 
 export interface KvCapacityInput extends KvBlockShape {
   readonly config: ModelConfig;
-  /** Of the machine; all ranks are on it. */
+  /** Of the machine, that all ranks are on; or of each rank's GPU. */
   readonly totalMemoryBytes: number;
   readonly ranks: number;
 }
@@ -30,4 +31,28 @@ export function kvBlocksFor(input: KvCapacityInput): number {
     );
   }
   return Math.min(fitting, DEFAULT_SEQUENCES * blocksPerSequence);
+}
+
+/** Of a GPU's memory; the rest is for the driver, communication and fragments. */
+const GPU_MEMORY_SHARE = 0.92;
+/** Sequences that decode in one step: more of full length are never under way. */
+const MOST_SEQUENCES = 256;
+
+/**
+ * KV blocks of each rank when the operator names no number and each has a GPU of its own: what weights and workspace leave.
+ *
+ * @throws ConfigError if not even one sequence of full length fits
+ */
+export function kvBlocksOfGpu(input: KvCapacityInput & { readonly weights: 4 | 8 | 16 }): number {
+  const { config, dtype, totalMemoryBytes, ranks, weights, blockSize } = input;
+  const plan = planMemory({
+    config,
+    devices: { count: ranks, memoryBytes: totalMemoryBytes, bandwidth: null, activationBytes: 2 },
+    weights: weights === 16 ? 'fp16' : weights === 8 ? 'int8' : 'int4',
+    kv: dtype === 'int8' ? 'int8' : 'fp16',
+    context: config.maxSequenceLength,
+    memoryShare: GPU_MEMORY_SHARE,
+  });
+  if (!plan.fits) throw new ConfigError(`the model does not fit: ${plan.whyNot}; see "tandem plan", or give --kv-blocks`);
+  return Math.min(plan.kvBlocks, MOST_SEQUENCES * Math.ceil(config.maxSequenceLength / blockSize));
 }

@@ -22,8 +22,8 @@ export interface WorkerGroupOptions {
   /** As the Assignment has it. */
   readonly engine: { readonly kvDtype: string; readonly isa: string; readonly activations: string; readonly quantizeEmbedding: string };
   readonly kvBlockSize: number;
-  /** How many KV blocks a rank gets, from the smallest memory that a rank reports. Throws if not even one sequence fits. */
-  readonly kvBlocks: (totalMemoryBytes: number) => number;
+  /** How many KV blocks a rank gets, from the smallest memory that a rank reports for its device. Throws if not even one sequence fits. */
+  readonly kvBlocks: (totalMemoryBytes: number, deviceKind: 'cpu' | 'cuda') => number;
   readonly maxBatchTokens: number;
   readonly collectiveTimeoutMs: number;
   /** A step that takes longer ends the epoch. */
@@ -126,7 +126,7 @@ export class WorkerGroup implements Engine {
       rank: index,
       state: rank === null ? 'absent' : rank.ready ? 'ready' : 'loading',
       pid: rank?.hello.pid ?? 0,
-      device: rank?.hello.device ?? '',
+      device: rank ? describeDevice(rank.hello) : '',
       isa: rank?.hello.isa ?? '',
       memory: {
         weightBytes: Number(rank?.memory?.weightBytes ?? 0),
@@ -229,8 +229,14 @@ export class WorkerGroup implements Engine {
     if (token !== null && !sameToken(token, hello.token)) return 'wrong worker token';
     if (hello.version !== packageVersion) return `worker is version ${hello.version}, coordinator ${packageVersion}: run the same`;
     if (hello.rank >= worldSize) return `rank ${hello.rank} of world size ${worldSize}: ranks are 0 to ${worldSize - 1}`;
+    const other = this.ranks.find((rank) => rank && isGpu(rank.hello) !== isGpu(hello));
+    if (other) return `rank ${hello.rank} computes on ${hello.device}, rank ${other.hello.rank} on ${other.hello.device}: take GPUs for all or for none`;
     if (this.ranks[hello.rank]) return `rank ${hello.rank} is attached already (pid ${this.ranks[hello.rank]!.hello.pid})`;
     return null;
+  }
+
+  private deviceKind(): 'cpu' | 'cuda' {
+    return this.ranks.some((rank) => isGpu(rank!.hello)) ? 'cuda' : 'cpu';
   }
 
   private beginEpoch(): void {
@@ -238,7 +244,7 @@ export class WorkerGroup implements Engine {
     const memory = Math.min(...this.ranks.map((rank) => Number(rank!.hello.totalMemoryBytes)));
     if (this.kvBlocks === 0) {
       try {
-        this.kvBlocks = options.kvBlocks(memory);
+        this.kvBlocks = options.kvBlocks(memory, this.deviceKind());
       } catch (error) {
         this.failWith(error as Error);
         return;
@@ -361,4 +367,12 @@ function sameToken(expected: string, given: string): boolean {
   const a = Buffer.from(expected);
   const b = Buffer.from(given);
   return a.length === b.length && timingSafeEqual(a, b);
+}
+
+function isGpu(hello: Hello__Output): boolean {
+  return hello.device.startsWith('cuda');
+}
+
+function describeDevice({ device, deviceName }: Hello__Output): string {
+  return deviceName === '' ? device : `${device} (${deviceName})`;
 }

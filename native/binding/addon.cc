@@ -15,6 +15,7 @@
 #include "kernels/crc32.h"
 #include "kernels/quantize_weights.h"
 #include "kernels/sampling.h"
+#include "model/cuda/cuda_backend.h"
 #include "model/product_peak.h"
 #include "model/read_bandwidth.h"
 
@@ -135,10 +136,24 @@ void HintOf(const Napi::CallbackInfo& info) {
   }
 }
 
+Napi::Value DescribeGpuOf(const Napi::CallbackInfo& info) {
+  try {
+    const GpuDescription gpu = DescribeGpu(static_cast<int>(Field(info[0], "gpu").Integer(0, 0x7fffffff)));
+    Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("name", gpu.name);
+    object.Set("totalBytes", Napi::Number::New(info.Env(), static_cast<double>(gpu.total_bytes)));
+    object.Set("freeBytes", Napi::Number::New(info.Env(), static_cast<double>(gpu.free_bytes)));
+    return object;
+  } catch (...) {
+    throw Napi::Error(info.Env(), ErrorToJs(info.Env(), std::current_exception()));
+  }
+}
+
 Napi::Object BuildInfo(Napi::Env env) {
   Napi::Object build = Napi::Object::New(env);
   Napi::Array backends = Napi::Array::New(env);
   backends.Set(uint32_t{0}, "cpu");
+  if (CudaBuild() != nullptr) backends.Set(uint32_t{1}, "cuda");
   build.Set("backends", backends);
 #if defined(__clang__)
   build.Set("compiler", "clang " __clang_version__);
@@ -161,6 +176,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   exports.Set("hintRead", Napi::Function::New<HintOf<HintRead>>(env, "hintRead"));
   exports.Set("hintWritten", Napi::Function::New<HintOf<HintWritten>>(env, "hintWritten"));
   exports.Set("createEngine", Napi::Function::New<CreateEngine>(env, "createEngine"));
+  exports.Set("describeGpu", Napi::Function::New<DescribeGpuOf>(env, "describeGpu"));
   exports.Set("distribution", Napi::Function::New<DistributionOf>(env, "distribution"));
   exports.Set("measureProductPeak", Napi::Function::New<MeasureProductPeakCall>(env, "measureProductPeak"));
   exports.Set("measureReadBandwidth", Napi::Function::New<MeasureReadBandwidthCall>(env, "measureReadBandwidth"));

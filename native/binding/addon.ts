@@ -18,6 +18,8 @@ export interface NativeAddon {
    * @param onStart gets a function that says how far loading is, at any time
    */
   createEngine(options: NativeEngineOptions, onStart?: (progress: () => LoadProgress) => void): Promise<NativeEngine>;
+  /** A GPU of this machine. Throws ConfigError saying what is wrong: no driver or too old a one, no such GPU, no kernels for its kind in this build. */
+  describeGpu(gpu: number): GpuDescription;
   /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
   /** CRC-32 of zip archives, as `zlib.crc32`, several times as fast: of what `previous` is of, followed by `bytes`. Throws EngineError. */
@@ -32,6 +34,12 @@ export interface NativeAddon {
   measureReadBandwidth(options: { bytes: number; threads: number; repeats: number }): Promise<number>;
   /** Products of INT4 weights with int8 activations per second that `threads` threads make in registers with the instructions of `isa`. */
   measureProductPeak(options: { isa: NativeIsa; threads: number }): Promise<number>;
+}
+
+export interface GpuDescription {
+  readonly name: string;
+  readonly totalBytes: number;
+  readonly freeBytes: number;
 }
 
 export interface NativeQuantizeOptions {
@@ -52,6 +60,7 @@ export type NativeErrorCode = 'INVALID_ARGUMENT' | 'CHECKPOINT' | 'OUT_OF_MEMORY
 export type NativeIsa = 'avx512vnni' | 'avx512' | 'avx2' | 'neon' | 'generic';
 
 export interface NativeBuild {
+  /** `cpu`, and `cuda` where it was built with nvcc. */
   readonly backends: readonly string[];
   readonly compiler: string;
   /** Instruction set in use: the best that this CPU has, or what the environment variable `TANDEM_ISA` names. */
@@ -74,6 +83,9 @@ export interface NativeEngineOptions {
   readonly tensors: readonly NativeTensor[];
   readonly rank: number;
   readonly worldSize: number;
+  readonly device: 'cpu' | 'cuda';
+  /** Its number, as CUDA counts; of no meaning on the CPU. */
+  readonly gpu: number;
   readonly threads: number;
   /** Where they run: each on its own, if there are enough, else all on all; empty: wherever the system puts them. Thread 0 is the engine's own. */
   readonly cpus: readonly number[];
@@ -83,13 +95,15 @@ export interface NativeEngineOptions {
   readonly activations: Activations;
   /** The word embeddings (tied: the output projection too) as the store has them, or in INT8 with a scale for 128 columns of a row. */
   readonly quantizeEmbedding: QuantizeEmbedding;
-  readonly kv: { readonly numBlocks: number; readonly blockSize: number; readonly dtype: 'fp16' | 'fp32' };
+  readonly kv: { readonly numBlocks: number; readonly blockSize: number; readonly dtype: KvDtype };
   /** Most tokens of all Extends of one step together; sizes the workspace. */
   readonly maxBatchTokens: number;
   /** Null at world size 1. `name` is the same on all ranks and never used twice. */
   readonly communicator: { readonly name: string; readonly timeoutMs: number } | null;
 }
 
+/** fp32 on the CPU alone, int8 on GPUs alone. */
+export type KvDtype = 'fp16' | 'fp32' | 'int8';
 export type Activations = 'int8' | 'float';
 export type QuantizeEmbedding = 'none' | 'int8';
 
@@ -149,7 +163,8 @@ export interface NativeStepResult {
 
 /** Loads the addon that `npm run build:native` made. @throws ConfigError if there is none, or it does not load here */
 export function loadAddon(): NativeAddon {
-  const file = path.join(packageRoot, 'native', 'build', 'Release', 'tandem_addon.node');
+  const name = process.env['TANDEM_CUDA_ON_CPU'] === '1' ? 'tandem_addon_on_cpu.node' : 'tandem_addon.node'; // for tests: slow, and right
+  const file = path.join(packageRoot, 'native', 'build', 'Release', name);
   if (!existsSync(file)) throw new ConfigError(`native addon not built: there is no ${file}; run \`npm run build:native\``);
   let raw: NativeAddon;
   try {
@@ -164,6 +179,7 @@ export function loadAddon(): NativeAddon {
       if (loading.progress) onStart?.(loading.progress);
       return wrapEngine(await loading.catch(rethrow(creationError)));
     },
+    describeGpu: (gpu) => throwing(() => raw.describeGpu(gpu), creationError),
     distribution: (logits, params) => throwing(() => raw.distribution(logits, params)),
     crc32: (bytes, previous) => throwing(() => raw.crc32(bytes, previous)),
     quantizeWeights: (options) => throwing(() => raw.quantizeWeights(options)),
@@ -189,11 +205,11 @@ export function nativeErrorCode(error: unknown): NativeErrorCode | null {
   return error instanceof TandemError ? codeOf(error.cause) : null;
 }
 
-function throwing<Result>(call: () => Result): Result {
+function throwing<Result>(call: () => Result, convert: (error: unknown) => TandemError = stepError): Result {
   try {
     return call();
   } catch (error) {
-    throw stepError(error);
+    throw convert(error);
   }
 }
 

@@ -148,12 +148,15 @@ EngineOptions EngineOptionsFromJs(Napi::Value value) {
   for (const Field& cpu : options.Get("cpus").Elements()) result.cpus.push_back(static_cast<int>(cpu.Integer(0, kMostInt)));
   const Field isa = options.Get("isa");
   if (!isa.IsNull()) result.isa = IsaFromJs(isa);
+  result.device = options.Get("device").OneOf({"cpu", "cuda"}) == 0 ? Device::kCpu : Device::kCuda;
+  result.gpu = static_cast<int>(options.Get("gpu").Integer(0, kMostInt));
   result.weights.integer_products = options.Get("activations").OneOf({"int8", "float"}) == 0;
   result.weights.quantize_embedding = options.Get("quantizeEmbedding").OneOf({"none", "int8"}) == 1;
   const Field kv = options.Get("kv");
   result.kv_blocks = kv.Get("numBlocks").Integer(1, kMostInt);
   result.kv_block_size = kv.Get("blockSize").Integer(1, kMostInt);
-  result.kv_type = kv.Get("dtype").OneOf({"fp16", "fp32"}) == 0 ? KvType::kF16 : KvType::kF32;
+  constexpr KvType kKvTypes[] = {KvType::kF16, KvType::kF32, KvType::kI8};
+  result.kv_type = kKvTypes[kv.Get("dtype").OneOf({"fp16", "fp32", "int8"})];
   result.max_batch_tokens = options.Get("maxBatchTokens").Integer(1, kMostInt);
   const Field communicator = options.Get("communicator");
   if (!communicator.IsNull()) {

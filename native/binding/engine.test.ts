@@ -65,6 +65,8 @@ function engineOptions(options: GroupOptions, rank: number, name: string): Nativ
     tensors: model.tensors,
     rank,
     worldSize,
+    device: 'cpu',
+    gpu: 0,
     threads: options.threads ?? 1,
     cpus: [],
     isa: options.isa ?? null,

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "model/cuda/cuda_backend.h"
 #include "model/step_codec.h"
 
 namespace tandem {
@@ -14,7 +15,8 @@ namespace tandem {
 class EngineThread final : public Stoppable {
  public:
   EngineMemory Load(EngineOptions options) {
-    auto engine = std::make_unique<Engine>(std::move(options), cancelled_);
+    const MakeBackend make_backend = options.device == Device::kCuda ? MakeCudaBackend : MakeCpuBackend;
+    auto engine = std::make_unique<Engine>(std::move(options), cancelled_, make_backend);
     const std::lock_guard<std::mutex> lock(mutex_);
     engine_ = std::move(engine);
     if (cancelled_.load()) engine_->Abort();

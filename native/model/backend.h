@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/rope.h"
+#include "model/engine_options.h"
 #include "model/step.h"
 
 namespace tandem {
@@ -40,10 +42,14 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual bool is_first_rank() const = 0;
+  virtual EngineMemory memory() const = 0;
 
   virtual void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) = 0;
   // Starts a step of batch.tokens.size() rows; `batch` lives until the last Logits call.
   virtual void Begin(const Batch& batch) = 0;
+  // Runs `forward`, the operations below up to Logits. repeatable: they are the same calls whenever a step of one row a run has as many rows; a backend
+  // may then do what it recorded before instead.
+  virtual void RunForward(bool, const std::function<void()>& forward) { forward(); }
   // The operations that follow work on the first `count` rows of the batch; the other rows of kHidden stay as they are.
   virtual void UseRows(int64_t count) = 0;
   // Keeps rows [first, first + count) of kHidden over the end of the step; and puts back what the last SaveCarry kept. One run's at a time.
@@ -68,6 +74,9 @@ class Backend {
   virtual void Logits(int64_t first, int64_t count) = 0;
   // Rank 0: what the Extends want of the logits of the last Logits call. An Extend whose want cannot be met gets an ErrorResult, which stays.
   virtual void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) = 0;
+
+  // The step is over: what it computes has been computed.
+  virtual void Finish() {}
 
   // Time since Begin that went into collectives.
   virtual int64_t collective_micros() const = 0;

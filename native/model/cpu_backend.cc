@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "core/error.h"
 #include "kernels/embedding.h"
 #include "kernels/geglu.h"
 #include "kernels/layernorm.h"
@@ -31,29 +32,34 @@ int64_t MostQuantizedBytes(const Weights& weights, int64_t m) {
   return most;
 }
 
+KvType CpuKvType(KvType type) {
+  if (type == KvType::kI8) throw Error(ErrorCode::kInvalidArgument, "kv.dtype: an INT8 KV cache is for GPUs; fp16 and fp32 are there on the CPU");
+  return type;
+}
+
 }  // namespace
 
-CpuBackend::CpuBackend(const ModelShape& shape, const Weights& weights, KvCache& kv, Communicator& communicator, ThreadPool& pool, Isa isa,
-                       int64_t max_batch_tokens)
-    : shape_(shape),
-      weights_(weights),
-      kv_(kv),
+CpuBackend::CpuBackend(EngineOptions options, Communicator& communicator, ThreadPool& pool, const std::atomic<bool>& cancelled)
+    : shape_(options.model),
+      kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
+          CpuKvType(options.kv_type)),
+      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool, cancelled, options.progress.get())),
       communicator_(communicator),
       pool_(pool),
-      isa_(isa),
-      local_hidden_(shape.hidden_size / communicator.world_size()),
-      local_inner_(shape.inner_hidden_size / communicator.world_size()),
-      local_vocab_(shape.vocab_size / communicator.world_size()),
-      rotary_(MakeRotaryTable(shape.max_sequence_length, shape.head_dim(), shape.rotary_base, shape.rotary_precision)) {
+      isa_(options.isa.value_or(BestIsa())),
+      local_hidden_(shape_.hidden_size / communicator.world_size()),
+      local_inner_(shape_.inner_hidden_size / communicator.world_size()),
+      local_vocab_(shape_.vocab_size / communicator.world_size()),
+      rotary_(MakeRotaryTable(shape_.max_sequence_length, shape_.head_dim(), shape_.rotary_base, shape_.rotary_precision)) {
   const int64_t row = static_cast<int64_t>(sizeof(float));
-  const int64_t columns[] = {shape.hidden_size, shape.hidden_size, std::max(3 * local_hidden_, 2 * local_inner_), std::max(local_hidden_, local_inner_)};
-  for (int i = 0; i < 4; ++i) activations_[i] = AlignedBuffer(max_batch_tokens * columns[i] * row, "activations");
-  quantized_ = AlignedBuffer(MostQuantizedBytes(weights, max_batch_tokens), "activations");
-  carry_ = AlignedBuffer(max_batch_tokens * shape.hidden_size * row, "activations");
-  const int64_t logits_rows = std::min(kMaxLogitsRows, max_batch_tokens);
+  const int64_t columns[] = {shape_.hidden_size, shape_.hidden_size, std::max(3 * local_hidden_, 2 * local_inner_), std::max(local_hidden_, local_inner_)};
+  for (int i = 0; i < 4; ++i) activations_[i] = AlignedBuffer(options.max_batch_tokens * columns[i] * row, "activations");
+  quantized_ = AlignedBuffer(MostQuantizedBytes(weights_, options.max_batch_tokens), "activations");
+  carry_ = AlignedBuffer(options.max_batch_tokens * shape_.hidden_size * row, "activations");
+  const int64_t logits_rows = std::min(kMaxLogitsRows, options.max_batch_tokens);
   local_logits_ = AlignedBuffer(logits_rows * local_vocab_ * row, "logits");
-  if (communicator.world_size() > 1) gathered_logits_ = AlignedBuffer(logits_rows * shape.vocab_size * row, "logits");
-  if (communicator.world_size() > 1 && is_first_rank()) logits_ = AlignedBuffer(logits_rows * shape.vocab_size * row, "logits");
+  if (communicator.world_size() > 1) gathered_logits_ = AlignedBuffer(logits_rows * shape_.vocab_size * row, "logits");
+  if (communicator.world_size() > 1 && is_first_rank()) logits_ = AlignedBuffer(logits_rows * shape_.vocab_size * row, "logits");
 }
 
 int64_t CpuBackend::workspace_bytes() const {
@@ -202,6 +208,10 @@ void CpuBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<
     ExtendResult& result = results[rows[i].extend];
     if (errors[i] && !std::holds_alternative<ErrorResult>(result)) result = ErrorResult{*errors[i]};
   }
+}
+
+std::unique_ptr<Backend> MakeCpuBackend(EngineOptions options, Communicator& communicator, ThreadPool& pool, const std::atomic<bool>& cancelled) {
+  return std::make_unique<CpuBackend>(std::move(options), communicator, pool, cancelled);
 }
 
 }  // namespace tandem

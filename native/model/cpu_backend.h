@@ -1,13 +1,16 @@
 // The backend that computes on the CPU through kernels/.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "comm/communicator.h"
 #include "core/cpu_features.h"
 #include "core/thread_pool.h"
 #include "model/backend.h"
+#include "model/engine_options.h"
 #include "model/kv_cache.h"
 #include "model/model_shape.h"
 #include "model/weights.h"
@@ -16,10 +19,11 @@ namespace tandem {
 
 class CpuBackend final : public Backend {
  public:
-  // Keeps references to all but the numbers.
-  CpuBackend(const ModelShape& shape, const Weights& weights, KvCache& kv, Communicator& communicator, ThreadPool& pool, Isa isa, int64_t max_batch_tokens);
+  // Loads the weights. Keeps references to all but the options.
+  CpuBackend(EngineOptions options, Communicator& communicator, ThreadPool& pool, const std::atomic<bool>& cancelled);
 
   bool is_first_rank() const override { return communicator_.rank() == 0; }
+  EngineMemory memory() const override { return {weights_.bytes(), kv_.bytes(), workspace_bytes()}; }
   void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) override;
   void Begin(const Batch& batch) override;
   void UseRows(int64_t count) override { rows_ = count; }
@@ -38,9 +42,8 @@ class CpuBackend final : public Backend {
   void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) override;
   int64_t collective_micros() const override { return collective_nanos_ / 1000; }
 
-  int64_t workspace_bytes() const;
-
  private:
+  int64_t workspace_bytes() const;
   float* At(Activation activation) const { return activations_[static_cast<int>(activation)].as<float>(); }
   const LayerWeights& Layer(int64_t layer) const { return weights_.layers[static_cast<size_t>(layer)]; }
   // y = x W^T + bias; x: [m, weight.cols()] dense, y: [m, weight.rows()] dense
@@ -49,8 +52,8 @@ class CpuBackend final : public Backend {
   void Timed(Collective collective);
 
   const ModelShape shape_;
-  const Weights& weights_;
-  KvCache& kv_;
+  KvCache kv_;
+  const Weights weights_;
   Communicator& communicator_;
   ThreadPool& pool_;
   const Isa isa_;
@@ -69,5 +72,7 @@ class CpuBackend final : public Backend {
   std::vector<AttentionRow> attention_;
   int64_t collective_nanos_ = 0;
 };
+
+std::unique_ptr<Backend> MakeCpuBackend(EngineOptions options, Communicator& communicator, ThreadPool& pool, const std::atomic<bool>& cancelled);
 
 }  // namespace tandem

@@ -52,23 +52,20 @@ std::unique_ptr<Communicator> Connect(const EngineOptions& options, const std::a
 
 }  // namespace
 
-Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled)
+Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled, MakeBackend make_backend)
     : shape_(CheckedShape(options)),
       cancelled_(cancelled),
       limits_{shape_.num_layers, shape_.vocab_size, shape_.max_sequence_length, options.kv_blocks, options.kv_block_size, options.max_batch_tokens},
       pool_(options.threads, PoolOptions(options)),
-      kv_(shape_.num_layers, options.kv_blocks, shape_.num_attention_heads / options.shard.world_size, options.kv_block_size, shape_.head_dim(),
-          options.kv_type),
       communicator_(Connect(options, cancelled)),
-      weights_(LoadWeights(shape_, options.shard, std::move(options.tensors), options.weights, pool_, cancelled, options.progress.get())),
-      backend_(shape_, weights_, kv_, *communicator_, pool_, options.isa.value_or(BestIsa()), options.max_batch_tokens) {}
+      backend_(make_backend(std::move(options), *communicator_, pool_, cancelled)) {}
 
 StepResult Engine::Run(const Step& step) {
   if (cancelled_.load()) throw Error(ErrorCode::kAborted, "the engine was aborted");
   ValidateStep(step, limits_, under_way_);
   under_way_ = RunUnderWay(step, shape_.num_layers, under_way_);
   try {
-    return RunStep(shape_, step, limits_.block_size, backend_, cancelled_);
+    return RunStep(shape_, step, limits_.block_size, *backend_, cancelled_);
   } catch (const std::exception& error) {
     communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
     const auto* own = dynamic_cast<const Error*>(&error);
@@ -77,7 +74,5 @@ StepResult Engine::Run(const Step& step) {
     throw Error(ErrorCode::kInternal, error.what());
   }
 }
-
-EngineMemory Engine::memory() const { return {weights_.bytes(), kv_.bytes(), backend_.workspace_bytes()}; }
 
 }  // namespace tandem

@@ -25,12 +25,18 @@ struct Plan {
   int64_t partial_rows = 0;
   int64_t first_layer = 0;
   int64_t end_layer = 0;
+  bool one_row_each = true;
 
+  // Every run is one row, runs through all layers and is wanted: decoding and nothing else.
+  bool is_repeatable() const {
+    return partial_rows == 0 && one_row_each && static_cast<int64_t>(wanted_rows.size()) == whole_rows && whole_rows > 0;
+  }
   int64_t RowsAt(int64_t layer) const { return whole_rows + (layer >= first_layer && layer < end_layer ? partial_rows : 0); }
 };
 
 void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_size, Plan& plan) {
   const int64_t length = static_cast<int64_t>(extend.tokens.size());
+  plan.one_row_each = plan.one_row_each && length == 1;
   for (int64_t row = 0; row < length; ++row) {
     const int64_t at = extend.cached_tokens + row;
     plan.batch.tokens.push_back(extend.tokens[static_cast<size_t>(row)]);
@@ -146,8 +152,9 @@ StepResult RunStep(const ModelShape& shape, const Step& step, int64_t block_size
   backend.CopyKvBlocks(step.block_copies);
   const Plan plan = MakePlan(step, shape.num_layers, block_size);
   backend.Begin(plan.batch);
-  Forward(shape, plan, backend, cancelled);
+  backend.RunForward(plan.is_repeatable(), [&] { Forward(shape, plan, backend, cancelled); });
   EvaluateWanted(step, plan, shape, backend, result);
+  backend.Finish();
   result.collective_micros = backend.collective_micros();
   result.compute_micros = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
   return result;

@@ -1,0 +1,105 @@
+// One GPU, its memory and its stream.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "kernels/cuda/device.h"
+
+namespace tandem::cuda {
+
+// Makes GPU `index` the calling thread's. Throws kInvalidArgument saying what is wrong: no driver, or one too old for this build's CUDA; no such GPU; no
+// kernels for its kind in this build.
+void UseGpu(int index);
+
+// Free and whole memory of the thread's GPU, in bytes.
+struct GpuMemory {
+  int64_t free;
+  int64_t total;
+};
+GpuMemory MemoryOfGpu();
+
+// "12.3 GiB"
+std::string GiB(int64_t bytes);
+
+// Device memory, zeroed. Moves, does not copy.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  // Throws kOutOfMemory, which says what the memory was for.
+  DeviceBuffer(int64_t bytes, const char* purpose);
+  ~DeviceBuffer();
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+
+  void* data() const { return data_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Host memory that the GPU copies from and to without a detour.
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  explicit PinnedBuffer(int64_t bytes);
+  ~PinnedBuffer();
+  PinnedBuffer(PinnedBuffer&& other) noexcept { *this = std::move(other); }
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+
+  void* data() const { return data_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+class OwnedStream {
+ public:
+  OwnedStream();
+  ~OwnedStream();
+  OwnedStream(const OwnedStream&) = delete;
+  OwnedStream& operator=(const OwnedStream&) = delete;
+
+  Stream get() const { return stream_; }
+  void Wait() const { Check(cudaStreamSynchronize(stream_), "waiting for the GPU"); }
+
+ private:
+  Stream stream_ = nullptr;
+};
+
+class OwnedEvent {
+ public:
+  OwnedEvent() { Check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "creating an event"); }
+  ~OwnedEvent() { cudaEventDestroy(event_); }
+  OwnedEvent(const OwnedEvent&) = delete;
+  OwnedEvent& operator=(const OwnedEvent&) = delete;
+
+  void Record(Stream stream) { Check(cudaEventRecord(event_, stream), "recording an event"); }
+  void Wait() const { Check(cudaEventSynchronize(event_), "waiting for the GPU"); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+}  // namespace tandem::cuda

@@ -1,0 +1,193 @@
+/** What the CUDA backend has to show with the golden models: the same checks on the emulator (test/cuda.test.ts) and on a GPU (test/gpu/main.ts). */
+import { startLocalCluster } from '../../cli/local-cluster.js';
+import type { Run } from '../support/engine-ranks.js';
+import { EngineRanks } from '../support/engine-ranks.js';
+import {
+  argmax,
+  bidirectionalTokens,
+  floats,
+  importRandomStore,
+  positionsOf,
+  readGolden,
+  type GoldenFloats,
+  type GoldenMask,
+  type RandomModel,
+} from '../support/golden-data.js';
+
+/** Of the logits of a row, in fp16 arithmetic. */
+export const RELATIVE_L2 = 2e-2;
+/** Greedy tokens, of those that the original code generates. */
+export const LEAST_AGREEMENT = 0.99;
+
+interface ForwardCase {
+  readonly name: string;
+  readonly tokens: number[];
+  readonly position_ids: number[] | string;
+  readonly mask: GoldenMask;
+  readonly logits: GoldenFloats;
+}
+
+interface QuantisedCase {
+  readonly layout: string;
+  readonly bits: 8 | 4;
+  readonly inputs: {
+    readonly case: string;
+    readonly tokens: number[];
+    readonly position_ids: number[] | string;
+    readonly mask: GoldenMask;
+    readonly float: { readonly last_logits: GoldenFloats };
+  }[];
+}
+
+interface TextCase {
+  readonly text: string;
+  readonly strategy: 'greedy' | 'beam';
+  readonly out_seq_length: number;
+  readonly answers: string[];
+}
+
+export const ENGINE = { device: 'cuda', activations: 'float', kvDtype: 'fp16' } as const;
+
+const relativeL2 = (got: ArrayLike<number>, expected: ArrayLike<number>): number => {
+  let [difference, norm] = [0, 0];
+  for (let i = 0; i < expected.length; i++) {
+    difference += (got[i]! - expected[i]!) ** 2;
+    norm += expected[i]! ** 2;
+  }
+  return got.length === expected.length ? Math.sqrt(difference / norm) : Infinity;
+};
+
+function runOf({ tokens, position_ids: positions, mask }: Pick<ForwardCase, 'tokens' | 'position_ids' | 'mask'>): Run {
+  return { tokens, positions: positionsOf(positions, tokens.length), bidirectionalTokens: bidirectionalTokens(mask) };
+}
+
+/** @returns the largest relative L2 distance of a row of logits from the original code's; Infinity where a row is not there or NaN */
+export async function forwardDistance(scratch: string, model: RandomModel, worldSize: number): Promise<number> {
+  const ranks = await EngineRanks.load({ store: await importRandomStore(scratch, model), worldSize, engine: ENGINE });
+  try {
+    let largest = 0;
+    for (const row of readGolden<{ cases: ForwardCase[] }>(`random/${model}/forward.json`).cases) {
+      if (row.mask.type === 'rows') continue; // several Extends each: what test/fidelity.test.ts is about
+      const expected = floats(row.logits);
+      const vocab = row.logits.shape[1]!;
+      for (const [i, got] of (await ranks.logits(runOf(row))).entries()) {
+        largest = maxOrNaN(largest, relativeL2(got, expected.subarray(i * vocab, (i + 1) * vocab)));
+      }
+    }
+    return largest;
+  } finally {
+    await ranks.dispose();
+  }
+}
+
+/** The same of quantised weights. */
+export async function quantisedDistance(scratch: string, model: RandomModel, worldSize: number): Promise<number> {
+  let largest = 0;
+  for (const { layout, bits, inputs } of readGolden<{ cases: QuantisedCase[] }>(`random/${model}/quantised.json`).cases) {
+    const ranksOfScales = Number(/^tp(\d+)/.exec(layout)![1]);
+    const store = await importRandomStore(scratch, model, { quantize: bits, ranks: ranksOfScales });
+    const ranks = await EngineRanks.load({ store, worldSize, engine: ENGINE });
+    try {
+      for (const row of inputs) {
+        const [got] = await ranks.logits(runOf(row), 1);
+        largest = maxOrNaN(largest, relativeL2(got!, floats(row.float.last_logits)));
+      }
+    } finally {
+      await ranks.dispose();
+    }
+  }
+  return largest;
+}
+
+/**
+ * The same tokens as one run and one by one, alone and among others, and once more: a step's rows have the same bits whatever else is in it, also
+ * when it is recorded and played again.
+ * @returns what differs; empty: nothing
+ */
+export async function varianceOf(store: string): Promise<string[]> {
+  const ranks = await EngineRanks.load({ store, worldSize: 1, engine: ENGINE });
+  const differences: string[] = [];
+  const equal = (what: string, a: Float32Array, b: Float32Array): void => {
+    if (Buffer.compare(Buffer.from(a.buffer, a.byteOffset, a.byteLength), Buffer.from(b.buffer, b.byteOffset, b.byteLength)) !== 0) differences.push(what);
+  };
+  try {
+    const context = 21;
+    const tokens = Array.from({ length: 40 }, (_, i) => (i * 37 + 11) % 100);
+    const whole: Run = { tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: context };
+    const expected = await ranks.logits(whole, tokens.length - context + 1);
+    const part = (from: number, to: number, bidirectional: number): Run => ({
+      tokens: tokens.slice(from, to),
+      positions: whole.positions.slice(from, to),
+      bidirectionalTokens: bidirectional,
+    });
+    const others = Array.from({ length: 9 }, (_, i): Run => ({ ...part(0, 3 + i, 3 + i), tokens: tokens.slice(i, 3 + 2 * i) })).map((run) => ({
+      ...run,
+      positions: run.tokens.map((_, i) => i),
+    }));
+    for (const neighbours of [0, 9]) {
+      const beside = others.slice(0, neighbours).map((run, i) => ranks.extend(run, 0, { kind: 'logits', rows: 1 }, 100 + 8 * i));
+      const [prefill] = await ranks.step([ranks.extend(part(0, context, context), 0, { kind: 'logits', rows: 1 }), ...beside]);
+      if (prefill?.kind === 'logits') equal(`context among ${neighbours}`, prefill.logits, expected[0]!);
+      for (let i = context; i < tokens.length; i++) {
+        const decoding = others.slice(0, neighbours).map((run, j) => {
+          const next: Run = { tokens: [tokens[i]!], positions: [run.tokens.length], bidirectionalTokens: 0 };
+          return ranks.extend(next, run.tokens.length, { kind: 'logits', rows: 1 }, 100 + 8 * j);
+        });
+        const before = decoding.slice(0, 4);
+        const results = await ranks.step([...before, ranks.extend(part(i, i + 1, 0), i, { kind: 'logits', rows: 1 }), ...decoding.slice(4)]);
+        const result = results[before.length];
+        if (result?.kind === 'logits') equal(`token ${i} among ${neighbours}`, result.logits, expected[i - context + 1]!);
+        else differences.push(`token ${i}: ${JSON.stringify(result)}`);
+      }
+    }
+  } finally {
+    await ranks.dispose();
+  }
+  return differences;
+}
+
+/** Texts of the tiny model through a whole server. @returns how many of them are the original code's, letter for letter */
+export async function equalTexts(limit: number, worldSize: number): Promise<{ equal: number; of: number; differing: string[] }> {
+  const cases = readGolden<{ cases: TextCase[] }>('tiny/generations.json').cases.slice(0, limit);
+  const cluster = await startLocalCluster({ model: null, worldSize, kvBlocks: 2048, engine: { device: 'cuda' } });
+  try {
+    const differing: string[] = [];
+    await Promise.all(
+      cases.map(async ({ text, strategy, out_seq_length: maxRowTokens, answers }) => {
+        const how = strategy === 'greedy' ? { temperature: 0 } : { beamSearch: { numBeams: 4, lengthPenalty: 1, noRepeatNgramSize: 3, deterministic: true } };
+        const finish = await cluster.client.generate({ text, maxRowTokens, ...how });
+        if (finish.outputs[0]!.text !== answers[0]) differing.push(`${strategy}: ${finish.outputs[0]!.text} | ${answers[0]}`);
+      }),
+    );
+    return { equal: cases.length - differing.length, of: cases.length, differing };
+  } finally {
+    await cluster.close();
+  }
+}
+
+/** Logits of the tiny model's last positions. @returns the largest relative L2 distance, and the share of rows with the same best token */
+export async function tinyLogits(store: string): Promise<{ distance: number; agreement: number }> {
+  const ranks = await EngineRanks.load({ store, worldSize: 1, engine: ENGINE });
+  try {
+    const { cases } = readGolden<{ cases: { tokens: number[]; position_ids: number[]; logits: GoldenFloats }[] }>('tiny/logits.json');
+    let [distance, same, rows] = [0, 0, 0];
+    for (const { tokens, position_ids: positions, logits } of cases) {
+      const expected = floats(logits);
+      const got = await ranks.logits({ tokens, positions, bidirectionalTokens: tokens.length - 1 }, 4);
+      for (const [i, row] of got.entries()) {
+        const golden = expected.subarray(i * row.length, (i + 1) * row.length);
+        distance = maxOrNaN(distance, relativeL2(row, golden));
+        same += argmax(row) === argmax(golden) ? 1 : 0;
+        rows += 1;
+      }
+    }
+    return { distance, agreement: same / rows };
+  } finally {
+    await ranks.dispose();
+  }
+}
+
+/** NaN stays: a comparison with it is never fulfilled. */
+function maxOrNaN(a: number, b: number): number {
+  return a >= b ? a : b > a ? b : NaN;
+}
