@@ -62,4 +62,5 @@ foreach(SOURCE ${CUDA_KERNEL_SOURCES})
 endforeach()
 add_library(tandem_cuda_on_cpu STATIC ${EMULATED_SOURCES} ${CUDA_HOST_SOURCES} test/cuda_on_cpu.cc)
 target_compile_definitions(tandem_cuda_on_cpu PUBLIC TANDEM_CUDA_ON_CPU)
+target_compile_options(tandem_cuda_on_cpu PRIVATE -Wno-unknown-pragmas) # "unroll" is for nvcc
 target_link_libraries(tandem_cuda_on_cpu PUBLIC tandem_core)

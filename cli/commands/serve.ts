@@ -7,7 +7,7 @@ import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
 import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
 import { DEFAULT_STEP_TOKENS, startServer } from '../../coordinator/main.js';
-import { nativeBuild } from '../../worker/engine.js';
+import { describeGpu, nativeBuild } from '../../worker/engine.js';
 import { modelOrTiny } from '../model-option.js';
 import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
@@ -124,7 +124,10 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       process.once('disconnect', () => end()); // a parent that is gone needs no server
     });
     const cpus = args.cpus === undefined ? null : parseCpuList(args.cpus);
-    if (!args.externalWorkers) nativeBuild(); // now, and not from each worker
+    const engine = engineFlags(args);
+    // Now, and not from each worker.
+    if (!args.externalWorkers) nativeBuild();
+    for (let gpu = 0; engine.device === 'cuda' && !args.externalWorkers && gpu < args.worldSize; gpu++) describeGpu(gpu);
     const starting = startServer({
       model: await modelOrTiny(args.model),
       worldSize: args.worldSize,
@@ -146,7 +149,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       contextCacheBlocks: args.contextCacheBlocks ?? null,
       otlpEndpoint: args.otlpEndpoint ?? null,
       kvBlocks: args.kvBlocks ?? null,
-      engine: engineFlags(args),
+      engine,
       stepTimeoutMs: args.stepTimeoutMs,
       logLevel: args.logLevel as LogLevel,
     });

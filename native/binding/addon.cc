@@ -142,7 +142,6 @@ Napi::Value DescribeGpuOf(const Napi::CallbackInfo& info) {
     Napi::Object object = Napi::Object::New(info.Env());
     object.Set("name", gpu.name);
     object.Set("totalBytes", Napi::Number::New(info.Env(), static_cast<double>(gpu.total_bytes)));
-    object.Set("freeBytes", Napi::Number::New(info.Env(), static_cast<double>(gpu.free_bytes)));
     return object;
   } catch (...) {
     throw Napi::Error(info.Env(), ErrorToJs(info.Env(), std::current_exception()));

@@ -18,7 +18,7 @@ export interface NativeAddon {
    * @param onStart gets a function that says how far loading is, at any time
    */
   createEngine(options: NativeEngineOptions, onStart?: (progress: () => LoadProgress) => void): Promise<NativeEngine>;
-  /** A GPU of this machine. Throws ConfigError saying what is wrong: no driver or too old a one, no such GPU, no kernels for its kind in this build. */
+  /** A GPU of this machine; takes none of its memory. Throws ConfigError saying what is wrong: no CUDA in this build, no driver or too old a one, no such GPU. */
   describeGpu(gpu: number): GpuDescription;
   /** The distribution that `sample` would draw from, after all that `params` says: probabilities [V]. Pure. Throws EngineError. */
   distribution(logits: Float32Array, params: NativeSamplingParams): Float32Array;
@@ -39,7 +39,6 @@ export interface NativeAddon {
 export interface GpuDescription {
   readonly name: string;
   readonly totalBytes: number;
-  readonly freeBytes: number;
 }
 
 export interface NativeQuantizeOptions {

@@ -600,11 +600,8 @@ const char* CudaBuild() {
 }
 
 GpuDescription DescribeGpu(int gpu) {
-  cuda::UseGpu(gpu);
-  cudaDeviceProp properties;
-  cuda::Check(cudaGetDeviceProperties(&properties, gpu), "asking what the GPU is");
-  const cuda::GpuMemory memory = cuda::MemoryOfGpu();
-  return {properties.name, memory.total, memory.free};
+  const cudaDeviceProp properties = cuda::FindGpu(gpu);
+  return {properties.name, static_cast<int64_t>(properties.totalGlobalMem)};
 }
 
 std::unique_ptr<Backend> MakeCudaBackend(EngineOptions options, Communicator& communicator, ThreadPool& pool, const std::atomic<bool>& cancelled) {

@@ -19,9 +19,8 @@ const char* CudaBuild();
 struct GpuDescription {
   std::string name;
   int64_t total_bytes;
-  int64_t free_bytes;
 };
-// Throws kInvalidArgument as MakeCudaBackend does.
+// Takes none of its memory. Throws kInvalidArgument where this build has no CUDA, or there is no such GPU.
 GpuDescription DescribeGpu(int gpu);
 
 // Loads the weights on to the GPU. Throws kInvalidArgument where this build has no CUDA, there is no such GPU, or it cannot run this build's kernels;

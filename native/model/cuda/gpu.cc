@@ -13,7 +13,7 @@ std::string Version(int number) { return std::to_string(number / 1000) + "." + s
 
 }  // namespace
 
-void UseGpu(int index) {
+cudaDeviceProp FindGpu(int index) {
   int driver = 0, runtime = 0, count = 0;
   cudaRuntimeGetVersion(&runtime);
   cudaDriverGetVersion(&driver);
@@ -25,9 +25,14 @@ void UseGpu(int index) {
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) Refuse("there is none (CUDA_VISIBLE_DEVICES hides some); use --device cpu");
   Check(status, "looking for GPUs");
   if (index < 0 || index >= count) Refuse(std::to_string(index) + " is not there, this machine has " + std::to_string(count) + ", counted from 0");
-  Check(cudaSetDevice(index), "choosing the GPU");
   cudaDeviceProp properties;
   Check(cudaGetDeviceProperties(&properties, index), "asking what the GPU is");
+  return properties;
+}
+
+void UseGpu(int index) {
+  const cudaDeviceProp properties = FindGpu(index);
+  Check(cudaSetDevice(index), "choosing the GPU");
   const cudaError_t probe = ProbeKernels();
   if (probe == cudaErrorNoKernelImageForDevice || probe == cudaErrorInvalidDeviceFunction) {
     Refuse(std::string(properties.name) + " has compute capability " + std::to_string(properties.major) + "." + std::to_string(properties.minor) +

@@ -9,8 +9,9 @@
 
 namespace tandem::cuda {
 
-// Makes GPU `index` the calling thread's. Throws kInvalidArgument saying what is wrong: no driver, or one too old for this build's CUDA; no such GPU; no
-// kernels for its kind in this build.
+// What GPU `index` is; takes none of its memory. Throws kInvalidArgument saying what is wrong: no driver, or one too old for this build's CUDA; no such GPU.
+cudaDeviceProp FindGpu(int index);
+// Makes it the calling thread's. Throws as FindGpu, and where this build has no kernels for its kind.
 void UseGpu(int index);
 
 // Free and whole memory of the thread's GPU, in bytes.
