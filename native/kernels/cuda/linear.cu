@@ -1,0 +1,170 @@
+// linear.cu: what a weight becomes on the device, and which kernel multiplies it.
+#include "kernels/cuda/linear.h"
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+#include <string>
+
+#include "kernels/cuda/linear_kernels.h"
+
+namespace tandem::cuda {
+
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t Chunks(const DeviceWeight& weight) { return (weight.cols + kChunkColumns - 1) / kChunkColumns; }
+int64_t RowTiles(const DeviceWeight& weight) { return RoundUp((weight.rows + kTileRows - 1) / kTileRows, kTileRowPadding); }
+int64_t DataBytes(const DeviceWeight& weight) { return RowTiles(weight) * Chunks(weight) * LaneVectors(weight.type) * kWarpSize * 16; }
+
+// The more parts, the more warps share a row at decoding, and the more often a GEMM has to put its sums aside.
+int64_t PreferredParts(int64_t chunks) { return chunks >= 128 ? 8 : chunks >= 8 ? 4 : chunks >= 2 ? 2 : 1; }
+
+bool PartsLieWithinGroups(const DeviceWeight& weight, int64_t parts) {
+  const int chunks = static_cast<int>(Chunks(weight));
+  for (int part = 0; part < parts; ++part) {
+    const int64_t begin = int64_t{kChunkColumns} * PartBegin(chunks, static_cast<int>(parts), part);
+    const int64_t end = std::min<int64_t>(int64_t{kChunkColumns} * PartBegin(chunks, static_cast<int>(parts), part + 1), weight.cols);
+    if ((begin + weight.group_offset) / weight.group_size != (end - 1 + weight.group_offset) / weight.group_size) return false;
+  }
+  return true;
+}
+
+struct DeviceLimits {
+  int64_t processors;
+  size_t shared_bytes;
+};
+
+// Of the current device. Asking the driver takes a while: once for each.
+DeviceLimits LimitsOfDevice() {
+  static std::mutex mutex;
+  static std::vector<DeviceLimits> known;
+  int device = 0;
+  Check(cudaGetDevice(&device), "which device is current");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto index = static_cast<size_t>(device);
+  if (known.size() <= index) known.resize(index + 1, {0, 0});
+  if (known[index].processors == 0) {
+    cudaDeviceProp properties;
+    Check(cudaGetDeviceProperties(&properties, device), "properties of the device");
+    known[index] = {properties.multiProcessorCount, properties.sharedMemPerBlockOptin};
+  }
+  return known[index];
+}
+
+void Run(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, void* y, bool is_half, int64_t y_stride,
+         Stream stream) {
+  if (m <= 0) return;
+  if (m > std::numeric_limits<int>::max()) throw Error(ErrorCode::kInvalidArgument, "linear: " + std::to_string(m) + " rows are too many");
+  const LinearCall call{weight, x, m, x_stride, Output{y, y_stride, bias, static_cast<int>(weight.rows), is_half}, stream};
+  if (m <= kMaxDecodeRows) {
+    LaunchDecode(call, ChooseDecodeRowTiles(weight, m));
+  } else {
+    LaunchGemm(call, ChooseGemmTile(weight, m));
+  }
+}
+
+}  // namespace
+
+DeviceWeight DescribeDeviceWeight(const LinearWeight& weight) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
+  if (weight.rows < 1 || weight.cols < 1 || weight.rows > kMost || weight.cols > kMost) {
+    throw Error(ErrorCode::kInvalidArgument, "linear: no weight on a GPU has " + std::to_string(weight.rows) + " rows and " +
+                                                 std::to_string(weight.cols) + " columns");
+  }
+  DeviceWeight described;
+  described.source = weight.type;
+  described.rows = weight.rows;
+  described.cols = weight.cols;
+  const int64_t chunks = Chunks(described);
+  described.parts = PreferredParts(chunks);
+  if (weight.type != WeightType::kI8 && weight.type != WeightType::kI4) return described;
+
+  LinearWeight shape = weight;
+  static const uint16_t kSomeScale = 0;
+  shape.scales = &kSomeScale;  // the scales may come later
+  CheckWeight(shape);
+  described.groups = weight.groups;
+  described.group_size = weight.group_size;
+  described.group_offset = weight.group_offset;
+  for (const int64_t parts : {described.parts, int64_t{8}}) {
+    if (parts > chunks || !PartsLieWithinGroups(described, parts)) continue;
+    described.type = weight.type;
+    described.scaling = WeightScaling::kPerPart;
+    described.parts = parts;
+    return described;
+  }
+  if (weight.group_size % kChunkColumns == 0 && weight.group_offset % kChunkColumns == 0) {
+    described.type = weight.type;
+    described.scaling = WeightScaling::kPerChunk;
+  }
+  return described;
+}
+
+int64_t ScaleBlocks(const DeviceWeight& weight) {
+  return weight.scaling == WeightScaling::kPerPart ? weight.parts : weight.scaling == WeightScaling::kPerChunk ? weight.groups : 0;
+}
+
+int64_t DeviceWeightBytes(const DeviceWeight& weight) {
+  return RoundUp(DataBytes(weight) + ScaleBlocks(weight) * RowTiles(weight) * kTileRows * 2, kAlignment);
+}
+
+int64_t DeviceWeightReadBytes(const DeviceWeight& weight) {
+  const int64_t row_tiles = (weight.rows + kTileRows - 1) / kTileRows;
+  return row_tiles * (Chunks(weight) * LaneVectors(weight.type) * kWarpSize * 16 + ScaleBlocks(weight) * kTileRows * 2);
+}
+
+PackedView ViewOf(const DeviceWeight& weight) {
+  PackedView view;
+  view.data = static_cast<const uint4*>(weight.data);
+  view.scales = reinterpret_cast<const uint32_t*>(static_cast<const unsigned char*>(weight.data) + DataBytes(weight));
+  view.rows = static_cast<int>(weight.rows);
+  view.row_tiles = static_cast<int>(RowTiles(weight));
+  view.chunks = static_cast<int>(Chunks(weight));
+  view.parts = static_cast<int>(weight.parts);
+  view.group_chunks = std::max(1, static_cast<int>(weight.group_size / kChunkColumns));
+  view.group_offset_chunks = static_cast<int>(weight.group_offset / kChunkColumns);
+  return view;
+}
+
+// A warp with more tiles loads the rows of x less often; with fewer there are more warps, and the last ones to end are fewer.
+int ChooseDecodeRowTiles(const DeviceWeight& weight, int64_t m) {
+  const int wanted = m <= 2 ? 1 : m <= 4 ? 2 : weight.type == WeightType::kF16 ? 2 : 4;
+  const int64_t sets = 8 / weight.parts;
+  for (int row_tiles = wanted; row_tiles > 1; row_tiles /= 2) {
+    if (RowTiles(weight) / (row_tiles * sets) >= LimitsOfDevice().processors) return row_tiles;
+  }
+  return m > 8 ? 2 : 1;
+}
+
+// The least time by a simple model: blocks run in waves over the processors, a block takes as long as its tile is large, smaller tiles are worse at reusing
+// what they load.
+GemmTile ChooseGemmTile(const DeviceWeight& weight, int64_t m) {
+  const DeviceLimits limits = LimitsOfDevice();
+  GemmTile best = GemmTile::k64x32;
+  double best_time = std::numeric_limits<double>::infinity();
+  for (const GemmTile tile : kGemmTiles) {
+    if (GemmSharedBytes(tile, weight.type) > limits.shared_bytes) continue;
+    const double efficiency = tile == GemmTile::k256x128 ? 1.0 : tile == GemmTile::k128x128 ? 0.85 : tile == GemmTile::k64x64 ? 0.6 : 0.5;
+    const int64_t blocks = ((weight.rows + TileOutputRows(tile) - 1) / TileOutputRows(tile)) * ((m + TileTokens(tile) - 1) / TileTokens(tile));
+    const int64_t waves = (blocks + limits.processors - 1) / limits.processors;
+    const double time = static_cast<double>(waves * TileOutputRows(tile) * TileTokens(tile)) / efficiency;
+    if (time < best_time) {
+      best = tile;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, __half* y, int64_t y_stride, Stream stream) {
+  Run(weight, x, m, x_stride, bias, y, true, y_stride, stream);
+}
+
+void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride, Stream stream) {
+  Run(weight, x, m, x_stride, bias, y, false, y_stride, stream);
+}
+
+}  // namespace tandem::cuda
