@@ -25,14 +25,16 @@ struct Config {
   static constexpr bool kSplit = kSplitOverParts;
   static constexpr bool kQueryInRegisters = kDim <= 128;
   static constexpr int kChunks = kDim / 8;               // of 16 bytes, in a row of a tile
-  static constexpr int kKeys = kDim <= 128 ? 64 : 32;    // between two looks at the maximum
+  static constexpr int kKeys = kDim <= 128 ? 64 : 16;    // between two looks at the maximum
   static constexpr int kWarps = kSplit ? 1 : kDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kSplit ? 8 : 2;      // 255 registers a thread
   // Keys and values come in stages of kStageKeys, through a ring. INT8 stages are widened into one tile, so that theirs are free sooner.
-  static constexpr int kStageKeys = kSplit ? kKeys / 2 : kKeys;
+  static constexpr int kStageKeys = kSplit && kDim <= 128 ? kKeys / 2 : kKeys;
   static constexpr int kStagesOfKeys = kKeys / kStageKeys;
   static constexpr int kStages = kSplit ? 4 : kInt8 ? 1 : 2;
+  // Turns of the copying loops that are unrolled: fewer where registers are short.
+  static constexpr int kCopiesAtOnce = kSplit && kDim <= 128 ? 4 : kDim <= 128 && !kInt8 ? 4 : 1;
   static constexpr int kTileBytes = kStageKeys * kDim * 2;
   static constexpr int kInt8Bytes = kStageKeys * kDim;   // the scales lie behind
   static constexpr int kStageBytes = kInt8 ? kInt8Bytes + (kStageKeys * 2 + 127) / 128 * 128 : kTileBytes;
@@ -111,14 +113,13 @@ __device__ __forceinline__ void SyncWarps() {
 template <typename C>
 class Reader {
  public:
-  static constexpr int kStagesPerBlock = 2 * C::kStagesOfKeys;
+  static constexpr int kStagesPerBlock = 2 * C::kStagesOfKeys, kAhead = C::kInt8 ? C::kStages : C::kStages - 1;
 
-  __device__ Reader(const Parameters& parameters, unsigned char* shared, const uint32_t* table, uint32_t head, uint32_t limit, int first_block, int end_block)
-      : p_(parameters), shared_(shared), table_(table), head_(head), limit_(limit), stage_(first_block * kStagesPerBlock), next_(stage_),
+  __device__ Reader(const Parameters& parameters, unsigned char* shared, uint32_t table_offset, uint32_t head, uint32_t limit, int first_block, int end_block)
+      : p_(parameters), shared_(shared), table_offset_(table_offset), head_(head), limit_(limit), stage_(first_block * kStagesPerBlock),
         end_(end_block * kStagesPerBlock) {
-    constexpr int kAhead = C::kInt8 ? C::kStages : C::kStages - 1;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) Start();
+    for (int i = 0; i < kAhead; ++i) Start(stage_ + i);
   }
 
   // The next stage's tile, [C::kStageKeys, C::kDim], good until the next call.
@@ -135,7 +136,7 @@ class Reader {
       SyncWarps<C>();  // all have the stage, and are done with the one before, whose place is next
       tile = Place(stage_);
     }
-    Start();
+    Start(stage_ + kAhead);
     ++stage_;
     return tile;
   }
@@ -147,10 +148,16 @@ class Reader {
   }
   __device__ static bool OfValues(int stage) { return stage % kStagesPerBlock >= C::kStagesOfKeys; }
 
-  __device__ void Start() {
-    if (next_ < end_) Copy(next_);
+  __device__ void Start(int stage) {
+    if (stage < end_) Copy(stage);
     CpAsyncCommit();
-    ++next_;
+  }
+
+  // Eight tokens are never in two blocks: a lane for each eight of the part knows where they are.
+  __device__ void FindRows(uint32_t first_token_of_part) {
+    const uint32_t token = first_token_of_part + threadIdx.x % kWarpSize * 8;
+    if (token >= limit_) return;
+    octet_row_ = (p_.tables[table_offset_ + token / p_.block_size] * p_.num_heads + head_) * p_.block_size + token % p_.block_size;
   }
 
   __device__ void Copy(int stage) {
@@ -159,18 +166,14 @@ class Reader {
     const bool of_values = OfValues(stage);
     unsigned char* place = Place(stage);
     const void* plane = of_values ? p_.v : p_.k;
-    // Eight tokens are never in two blocks: a lane for each eight of the part knows where they are.
-    if (!rows_known_ || (!of_values && first_token % kPart == 0)) {
-      const uint32_t token = first_token / kPart * kPart + static_cast<uint32_t>(lane) * 8;
-      octet_row_ = token < limit_ ? (table_[token / p_.block_size] * p_.num_heads + head_) * p_.block_size + token % p_.block_size : 0;
-      rows_known_ = true;
-    }
+    if (!of_values && first_token % kPart == 0) FindRows(first_token);
     const int first_octet = static_cast<int>(first_token % kPart) / 8;
-#pragma unroll
+#pragma unroll(C::kCopiesAtOnce)
     for (int octet = warp; octet < C::kStageKeys / 8; octet += C::kWarps) {
       const uint32_t row = __shfl_sync(kAllLanes, octet_row_, first_octet + octet), token = first_token + static_cast<uint32_t>(octet) * 8;
       if constexpr (C::kInt8) {
         const int8_t* from = static_cast<const int8_t*>(plane) + static_cast<size_t>(row) * p_.head_dim;
+#pragma unroll(C::kCopiesAtOnce)
         for (uint32_t i = static_cast<uint32_t>(lane); i < p_.head_dim / 2; i += kWarpSize) {
           CpAsync16(place + static_cast<uint32_t>(octet) * 8 * p_.head_dim + i * 16, from + i * 16, token < limit_);
         }
@@ -178,7 +181,7 @@ class Reader {
         if (lane == 0) CpAsync16(place + C::kInt8Bytes + octet * 16, scales, token < limit_);
       } else {
         const __half* from = static_cast<const __half*>(plane) + static_cast<size_t>(row) * p_.head_dim;
-#pragma unroll
+#pragma unroll(C::kCopiesAtOnce)
         for (int i = 0; i < C::kChunks / 4; ++i) {
           const int in_octet = (i * kWarpSize + lane) / C::kChunks, chunk = (i * kWarpSize + lane) % C::kChunks;
           const bool valid = token + static_cast<uint32_t>(in_octet) < limit_ && static_cast<uint32_t>(chunk) * 8 < p_.head_dim;
@@ -194,7 +197,7 @@ class Reader {
     const __half* scales = reinterpret_cast<const __half*>(from + C::kInt8Bytes);
     const uint32_t first_token = FirstToken(stage_);
     const __half2 bias = __float2half2_rn(1152.0f);
-#pragma unroll 4
+#pragma unroll(C::kCopiesAtOnce)
     for (int i = static_cast<int>(threadIdx.x); i < C::kStageKeys * C::kChunks; i += C::kThreads) {
       const int row = i / C::kChunks, chunk = i % C::kChunks;
       uint4 wide = make_uint4(0, 0, 0, 0);
@@ -215,11 +218,9 @@ class Reader {
 
   const Parameters& p_;
   unsigned char* shared_;
-  const uint32_t* table_;
-  uint32_t head_, limit_;
+  uint32_t table_offset_, head_, limit_;
   uint32_t octet_row_ = 0;
-  bool rows_known_ = false;
-  int stage_, next_, end_;
+  int stage_, end_;
 };
 
 // A warp's rows over one part, in the registers of an mma. A lane has two rows, lane / 4 and 8 further, and of their columns those of its place in the quad.
@@ -394,7 +395,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) AttendKernel(const
   const int first_block = C::kSplit ? static_cast<int>(part) * kBlocksPerPart : 0;
   int end_block = static_cast<int>((limit + C::kKeys - 1) / C::kKeys);
   if (C::kSplit) end_block = min(end_block, first_block + kBlocksPerPart);
-  Reader<C> reader(p, shared, p.tables + p.rows[tile.first_row].table_offset, head, limit, first_block, end_block);
+  Reader<C> reader(p, shared, p.rows[tile.first_row].table_offset, head, limit, first_block, end_block);
   // The merged state of earlier parts: its sums in shared memory, each lane's own.
   float* total_sums = reinterpret_cast<float*>(shared + C::kRingBytes + C::kWidenedBytes) + threadIdx.x;
   float total_maximum[2] = {}, total_weights[2] = {};
