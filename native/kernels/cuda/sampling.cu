@@ -385,7 +385,6 @@ __device__ uint32_t BinOfRest(uint64_t rest, const Binning& binning, FinishSpace
 // The tokens of the row with value(x) >= floor, in the row's place for them; the row itself if they are too many.
 template <typename Value>
 __device__ View<float> TakeOut(const View<float>& row, Value value, float floor, float* values, uint32_t* ids, FinishSpace& space) {
-  __syncthreads();  // whoever still reads the last ones
   if (threadIdx.x == 0) space.taken = 0;
   __syncthreads();
   ForEach(row, 0, row.end, [&](float x, uint32_t id) {

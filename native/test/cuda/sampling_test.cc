@@ -311,6 +311,38 @@ TEST(cuda_sampling_takes_zero_and_minus_zero_as_equal) {
   Check(logits, 4, 4, wanted);
 }
 
+// The same tokens in all lists, at other places of each: greedy tells the orders apart.
+TEST(cuda_sampling_changes_logits_in_the_order_of_the_cpu) {
+  ForEachThreadOrder([] {
+    const uint32_t vocab = 100;
+    std::vector<float> logits(vocab, 1.0f);
+    std::vector<Wanted> wanted;
+    for (const uint32_t token : {0u, 1u, 50u, 99u}) {
+      SamplingParams biased_then_divided = {0.0f};
+      for (uint32_t v = 0; v < vocab; ++v) biased_then_divided.bias_tokens.push_back(v);
+      biased_then_divided.biases.assign(vocab, 0.0f);
+      biased_then_divided.biases[token] = 5.0f;  // 6 / 100, below the others; 1 / 100 + 5 is above them
+      biased_then_divided.repetition_penalty = 100.0f;
+      biased_then_divided.repeated_tokens = {token};
+      wanted.push_back({cuda::SamplingKind::kSample, 0, biased_then_divided, 0, {}});
+      biased_then_divided.bias_tokens = {token};
+      biased_then_divided.biases = {5.0f};
+      for (uint32_t v = 0; v < token; ++v) biased_then_divided.repeated_tokens.push_back(v);
+      wanted.push_back({cuda::SamplingKind::kSample, 0, biased_then_divided, 0, {}});
+      SamplingParams all_banned = {0.0f};  // the first; a token that is penalised after its ban becomes finite
+      for (uint32_t v = 0; v < vocab; ++v) all_banned.banned_tokens.push_back(v);
+      all_banned.repetition_penalty = 2.0f;
+      all_banned.repeated_tokens = {token};
+      wanted.push_back({cuda::SamplingKind::kSample, 0, all_banned, 0, {}});
+      SamplingParams twice = {0.0f};  // 1 + 1e8 - 1e8 is 0 in fp32, and 1e8 is added first
+      twice.bias_tokens = {token, (token + 1) % vocab, token};
+      twice.biases = {1e8f, -0.5f, -1e8f};
+      wanted.push_back({cuda::SamplingKind::kSample, 0, twice, 0, {}});
+    }
+    Check(logits, vocab, vocab, wanted);
+  });
+}
+
 // Many draws from one row, so that a wrong token of a narrow distribution has little chance to stay unseen.
 TEST(cuda_sampling_draws_what_the_cpu_draws) {
   const int64_t vocab = 50;
