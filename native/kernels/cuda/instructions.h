@@ -178,4 +178,12 @@ __device__ __forceinline__ float Exp2(float x) {
 
 #endif
 
+// Whether a block can have 227 KB of shared memory on the GPUs that this pass compiles for. A kernel that needs them compiles to nothing for others, where it
+// cannot be launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasLargeShared = false;
+#else
+constexpr bool kHasLargeShared = true;
+#endif
+
 }  // namespace tandem::cuda

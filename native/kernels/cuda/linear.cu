@@ -131,7 +131,7 @@ PackedView ViewOf(const DeviceWeight& weight) {
 
 // A warp with more tiles loads the rows of x less often; with fewer there are more warps, and the last ones to end are fewer.
 int ChooseDecodeRowTiles(const DeviceWeight& weight, int64_t m) {
-  const int wanted = m <= 2 ? 1 : m <= 4 ? 2 : weight.type == WeightType::kF16 ? 2 : 4;
+  const int wanted = m <= 4 || weight.type == WeightType::kF16 ? 2 : 4;
   const int64_t sets = 8 / weight.parts;
   for (int row_tiles = wanted; row_tiles > 1; row_tiles /= 2) {
     if (RowTiles(weight) / (row_tiles * sets) >= LimitsOfDevice().processors) return row_tiles;

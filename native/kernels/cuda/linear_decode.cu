@@ -19,7 +19,7 @@ struct DecodeShape {
   static constexpr int kLoads = kRowTiles * kVectors;                          // of 16 bytes, for a chunk of all row tiles
   static constexpr int kSlots = (kLoads < 8 ? 8 / kLoads : 1) + 1;             // chunks: those under way and the one that is multiplied
   static constexpr int kSumStride = kRowTiles * kTileRows + 4;                 // 4: the lanes of a warp write to 32 banks
-  static constexpr int kBlocksPerProcessor = kTokenTiles == 2 ? 2 : kRowTiles == 1 ? 4 : 3;
+  static constexpr int kBlocksPerProcessor = kTokenTiles == 2 ? (kRowTiles == 4 ? 2 : 3) : kRowTiles == 4 ? 3 : 4;
   static constexpr size_t kRingBytes = size_t{kWarps} * kSlots * kLoads * kWarpSize * 16;
   static constexpr size_t kSumBytes = size_t{kWarps} * kTokensPerTile * kSumStride * sizeof(float);
   static constexpr size_t kSharedBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, DecodeShape<kType, kTokenT
   const __half* tokens = x + group * x_stride + static_cast<int64_t>(begin) * kChunkColumns + member * 16;
   uint4* const ring = shared + warp * (kSlots * Shape::kLoads * kWarpSize) + lane;
 
-  uint4 operands[kTokenTiles][2], next_operands[kTokenTiles][2];
   float part_sums[kRowTiles][kTokenTiles][4] = {};
   // kPerChunk: the scales of the chunk that is multiplied, and how many chunks they still serve.
   const uint32_t* scales = weight.scales;
@@ -66,35 +65,27 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, DecodeShape<kType, kTokenT
     }
     weights += kVectors * kWarpSize;
   };
-  const auto load_operands = [&](uint4(&to)[kTokenTiles][2]) {
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      const bool valid = n * kTokensPerTile + group < m;
-      const uint4* from = reinterpret_cast<const uint4*>(tokens + n * kTokensPerTile * x_stride);
-      to[n][0] = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
-      to[n][1] = valid ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
-    }
-    tokens += kChunkColumns;
-  };
-
 #pragma unroll
   for (int slot = 0; slot < kSlots - 1; ++slot) {
     if (slot < count) load_weights(slot);
     CpAsyncCommit();
   }
-  if (count > 0) load_operands(next_operands);
   int slot = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk < count; ++chunk) {
+    // These mostly come from L1, while weights become operands.
+    uint4 operands[kTokenTiles][2];
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const bool valid = n * kTokensPerTile + group < m;
+      const uint4* from = reinterpret_cast<const uint4*>(tokens + n * kTokensPerTile * x_stride);
+      operands[n][0] = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
+      operands[n][1] = valid ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
+    }
+    tokens += kChunkColumns;
     CpAsyncWait<kSlots - 2>();  // of this chunk, for this lane, which is the only one to read it
     if (chunk + kSlots - 1 < count) load_weights(slot == 0 ? kSlots - 1 : slot - 1);  // where the chunk before was, whose products are under way
     CpAsyncCommit();
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      operands[n][0] = next_operands[n][0];
-      operands[n][1] = next_operands[n][1];
-    }
-    if (chunk + 1 < count) load_operands(next_operands);
     if constexpr (kScaling == WeightScaling::kPerChunk) {
       if (chunks_left == 0) {
         scales += static_cast<int64_t>(weight.row_tiles) * 8;
@@ -153,7 +144,8 @@ __global__ void __launch_bounds__(kWarps * kWarpSize, DecodeShape<kType, kTokenT
       const int from_set = row / (kRowTiles * kTileRows), row_in_set = row % (kRowTiles * kTileRows);
       float sum = sums[from_set * weight.parts][token][row_in_set];
       for (int p = 1; p < weight.parts; ++p) sum = __fadd_rn(sum, sums[from_set * weight.parts + p][token][row_in_set]);
-      Store(output, n * kTokensPerTile + token, static_cast<int>(blockIdx.x) * rows_here + row, sum);
+      const int output_row = static_cast<int>(blockIdx.x) * rows_here + row;
+      Store(output, n * kTokensPerTile + token, output_row, sum, BiasOf(output, output_row));
     }
   }
 }

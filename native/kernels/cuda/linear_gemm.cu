@@ -40,8 +40,7 @@ using Tile128x128 = TileShape<128, 128, 32, 64, false, 3, 1>;
 using Tile256x128 = TileShape<256, 128, 64, 64, true, 4, 1>;
 
 template <WeightType kType, WeightScaling kScaling, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
-    GemmKernel(PackedView weight, const __half* __restrict__ x, int m, int64_t x_stride, Output output) {
+__device__ __forceinline__ void MultiplyTile(const PackedView& weight, const __half* __restrict__ x, int m, int64_t x_stride, const Output& output) {
   constexpr int kVectors = kLaneVectors<kType>, kStages = Tile::Stages(kVectors);
   constexpr int kRowTiles = Tile::kWarpRows / kTileRows, kTokenTiles = Tile::kWarpTokens / 8;
   constexpr int kWeightVectors = Tile::WeightVectors(kVectors), kStageVectors = kWeightVectors + Tile::kTokenVectors;
@@ -179,11 +178,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
 
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
+    const int row = (block_tile + warp_tile + r) * kTileRows + group;
+    const float biases[2] = {BiasOf(output, row), BiasOf(output, row + 8)};
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int row = (block_tile + warp_tile + r) * kTileRows + group + j / 2 * 8;
         const int token = block_token + warp_token + n * 8 + 2 * member + j % 2;
         float sum;
         if constexpr (Tile::kTotalsInShared) {
@@ -191,10 +191,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
         } else {
           sum = totals[r][n][j];
         }
-        if (token < m) Store(output, token, row, sum);
+        if (token < m) Store(output, token, row + j / 2 * 8, sum, biases[j / 2]);
       }
     }
   }
+}
+
+template <WeightType kType, WeightScaling kScaling, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
+    GemmKernel(PackedView weight, const __half* __restrict__ x, int m, int64_t x_stride, Output output) {
+  if constexpr (!Tile::kTotalsInShared || kHasLargeShared) MultiplyTile<kType, kScaling, Tile>(weight, x, m, x_stride, output);
 }
 
 template <WeightType kType, WeightScaling kScaling, typename Tile>

@@ -120,9 +120,12 @@ struct Output {
   bool is_half;
 };
 
-__device__ __forceinline__ void Store(const Output& output, int64_t token, int row, float sum) {
+// Zero where there is none, for rows past the end too.
+__device__ __forceinline__ float BiasOf(const Output& output, int row) { return output.bias != nullptr && row < output.rows ? __ldg(output.bias + row) : 0.0f; }
+
+__device__ __forceinline__ void Store(const Output& output, int64_t token, int row, float sum, float bias) {
   if (row >= output.rows) return;
-  if (output.bias != nullptr) sum = __fadd_rn(sum, output.bias[row]);
+  sum = __fadd_rn(sum, bias);
   const int64_t place = token * output.stride + row;
   if (output.is_half) {
     static_cast<__half*>(output.y)[place] = __float2half_rn(sum);
