@@ -368,7 +368,11 @@ describe.each(RANDOM_MODELS)('random model %s: rotary precision', (model) => {
     { precision: 'half_freq', tolerance: LOGITS },
     { precision: 'half', tolerance: HALF_ROTARY },
   ] as const)('$precision', async ({ precision, tolerance }) => {
-    const ranks = await EngineRanks.load({ store: await randomStore(model, { rotaryPrecision: precision }), worldSize: 2, engine: EXACT_RANKS });
+    const ranks = await EngineRanks.load({
+      store: await randomStore(model, { rotaryPrecision: precision }),
+      worldSize: 2,
+      engine: EXACT_RANKS,
+    });
     try {
       for (const row of readGolden<{ cases: RotaryCase[] }>(`random/${model}/rotary-variants.json`).cases) {
         const [got] = await ranks.logits(runOf(row), 1);
@@ -423,19 +427,22 @@ const GENERATING = RANDOM_MODELS.flatMap((model) => {
   return ([8, 4] as const).map((bits) => ({ model, bits, quantised: cases.find((quantised) => quantised.bits === bits)! }));
 });
 
-test.each(GENERATING)('random model $model in INT$bits generates through the server', async ({ model, bits, quantised: { layout, greedy } }) => {
-  const store = await randomStore(model, { quantize: bits, ranks: Number(/^tp(\d+)/.exec(layout)![1]) });
-  const cluster = await startLocalCluster({ model: store, worldSize: 2, engine: EXACT });
-  try {
-    const { input, mask_position: maskPosition, gmask, generated } = greedy;
-    const finish = await cluster.client.generate({
-      ...spanPrompt(input, maskPosition, gmask ? 'gmask' : 'mask'),
-      temperature: 0,
-      maxNewTokens: generated.length,
-      endTokens: { ids: [] },
-    });
-    expect(finish.outputs[0]!.blanks[0]!.tokens).toEqual(generated);
-  } finally {
-    await cluster.close();
-  }
-});
+test.each(GENERATING)(
+  'random model $model in INT$bits generates through the server',
+  async ({ model, bits, quantised: { layout, greedy } }) => {
+    const store = await randomStore(model, { quantize: bits, ranks: Number(/^tp(\d+)/.exec(layout)![1]) });
+    const cluster = await startLocalCluster({ model: store, worldSize: 2, engine: EXACT });
+    try {
+      const { input, mask_position: maskPosition, gmask, generated } = greedy;
+      const finish = await cluster.client.generate({
+        ...spanPrompt(input, maskPosition, gmask ? 'gmask' : 'mask'),
+        temperature: 0,
+        maxNewTokens: generated.length,
+        endTokens: { ids: [] },
+      });
+      expect(finish.outputs[0]!.blanks[0]!.tokens).toEqual(generated);
+    } finally {
+      await cluster.close();
+    }
+  },
+);

@@ -40,7 +40,12 @@ export function failureKind(stepError: unknown): 'in-step' | 'aborted' | 'fatal'
 /** Opens the store and loads this rank's shard; the files are checked against their index before a byte of them is used. */
 export async function loadEngine(
   assignment: Assignment__Output,
-  { rank, device, cpus, onStart }: { rank: number; device: Device; cpus: readonly number[]; onStart: (progress: () => LoadProgress) => void },
+  {
+    rank,
+    device,
+    cpus,
+    onStart,
+  }: { rank: number; device: Device; cpus: readonly number[]; onStart: (progress: () => LoadProgress) => void },
 ): Promise<NativeEngine> {
   const store = await openStore(assignment.modelPath);
   const { config } = store;

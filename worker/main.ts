@@ -33,7 +33,13 @@ export async function runWorker(options: WorkerOptions): Promise<'shutdown' | 'd
         else resolve();
       });
     });
-    const end = await serveLink(client.attach(), { rank: options.rank, token: options.token, device: options.device, cpus: options.cpus, log });
+    const end = await serveLink(client.attach(), {
+      rank: options.rank,
+      token: options.token,
+      device: options.device,
+      cpus: options.cpus,
+      log,
+    });
     if (end.kind === 'broken') throw new WorkerLostError(`link to ${options.coordinator} ended: ${end.reason}`);
     log.info(`ended by the coordinator: ${end.kind}`);
     return end.kind;

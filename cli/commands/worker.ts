@@ -24,7 +24,12 @@ export const workerCommand: CommandModule<unknown, WorkerArgs> = {
     yargs
       .option('coordinator', { type: 'string', demandOption: true, describe: "The coordinator's worker address: unix:/path or host:port" })
       .option('rank', wholeNumber('rank', { min: 0, demandOption: true, describe: 'This rank, from 0' }))
-      .option('device', { type: 'string', requiresArg: true, default: 'cpu', describe: 'What this rank computes on: cpu, or a GPU as in cuda:0' })
+      .option('device', {
+        type: 'string',
+        requiresArg: true,
+        default: 'cpu',
+        describe: 'What this rank computes on: cpu, or a GPU as in cuda:0',
+      })
       .option('cpus', { type: 'string', requiresArg: true, describe: "CPUs of the engine's threads, as in 0-3,8 (default: any)" })
       .option(
         'connect-timeout-ms',

@@ -230,7 +230,8 @@ export class WorkerGroup implements Engine {
     if (hello.version !== packageVersion) return `worker is version ${hello.version}, coordinator ${packageVersion}: run the same`;
     if (hello.rank >= worldSize) return `rank ${hello.rank} of world size ${worldSize}: ranks are 0 to ${worldSize - 1}`;
     const other = this.ranks.find((rank) => rank && isGpu(rank.hello) !== isGpu(hello));
-    if (other) return `rank ${hello.rank} computes on ${hello.device}, rank ${other.hello.rank} on ${other.hello.device}: take GPUs for all or for none`;
+    if (other)
+      return `rank ${hello.rank} computes on ${hello.device}, rank ${other.hello.rank} on ${other.hello.device}: take GPUs for all or for none`;
     if (this.ranks[hello.rank]) return `rank ${hello.rank} is attached already (pid ${this.ranks[hello.rank]!.hello.pid})`;
     return null;
   }

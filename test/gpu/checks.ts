@@ -108,7 +108,8 @@ export async function varianceOf(store: string): Promise<string[]> {
   const ranks = await EngineRanks.load({ store, worldSize: 1, engine: ENGINE });
   const differences: string[] = [];
   const equal = (what: string, a: Float32Array, b: Float32Array): void => {
-    if (Buffer.compare(Buffer.from(a.buffer, a.byteOffset, a.byteLength), Buffer.from(b.buffer, b.byteOffset, b.byteLength)) !== 0) differences.push(what);
+    if (Buffer.compare(Buffer.from(a.buffer, a.byteOffset, a.byteLength), Buffer.from(b.buffer, b.byteOffset, b.byteLength)) !== 0)
+      differences.push(what);
   };
   try {
     const context = 21;
@@ -120,10 +121,12 @@ export async function varianceOf(store: string): Promise<string[]> {
       positions: whole.positions.slice(from, to),
       bidirectionalTokens: bidirectional,
     });
-    const others = Array.from({ length: 9 }, (_, i): Run => ({ ...part(0, 3 + i, 3 + i), tokens: tokens.slice(i, 3 + 2 * i) })).map((run) => ({
-      ...run,
-      positions: run.tokens.map((_, i) => i),
-    }));
+    const others = Array.from({ length: 9 }, (_, i): Run => ({ ...part(0, 3 + i, 3 + i), tokens: tokens.slice(i, 3 + 2 * i) })).map(
+      (run) => ({
+        ...run,
+        positions: run.tokens.map((_, i) => i),
+      }),
+    );
     for (const neighbours of [0, 9]) {
       const beside = others.slice(0, neighbours).map((run, i) => ranks.extend(run, 0, { kind: 'logits', rows: 1 }, 100 + 8 * i));
       const [prefill] = await ranks.step([ranks.extend(part(0, context, context), 0, { kind: 'logits', rows: 1 }), ...beside]);
@@ -134,7 +137,11 @@ export async function varianceOf(store: string): Promise<string[]> {
           return ranks.extend(next, run.tokens.length, { kind: 'logits', rows: 1 }, 100 + 8 * j);
         });
         const before = decoding.slice(0, 4);
-        const results = await ranks.step([...before, ranks.extend(part(i, i + 1, 0), i, { kind: 'logits', rows: 1 }), ...decoding.slice(4)]);
+        const results = await ranks.step([
+          ...before,
+          ranks.extend(part(i, i + 1, 0), i, { kind: 'logits', rows: 1 }),
+          ...decoding.slice(4),
+        ]);
         const result = results[before.length];
         if (result?.kind === 'logits') equal(`token ${i} among ${neighbours}`, result.logits, expected[i - context + 1]!);
         else differences.push(`token ${i}: ${JSON.stringify(result)}`);
@@ -154,7 +161,10 @@ export async function equalTexts(limit: number, worldSize: number): Promise<{ eq
     const differing: string[] = [];
     await Promise.all(
       cases.map(async ({ text, strategy, out_seq_length: maxRowTokens, answers }) => {
-        const how = strategy === 'greedy' ? { temperature: 0 } : { beamSearch: { numBeams: 4, lengthPenalty: 1, noRepeatNgramSize: 3, deterministic: true } };
+        const how =
+          strategy === 'greedy'
+            ? { temperature: 0 }
+            : { beamSearch: { numBeams: 4, lengthPenalty: 1, noRepeatNgramSize: 3, deterministic: true } };
         const finish = await cluster.client.generate({ text, maxRowTokens, ...how });
         if (finish.outputs[0]!.text !== answers[0]) differing.push(`${strategy}: ${finish.outputs[0]!.text} | ${answers[0]}`);
       }),

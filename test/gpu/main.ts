@@ -10,10 +10,14 @@ import { equalTexts, forwardDistance, LEAST_AGREEMENT, quantisedDistance, RELATI
 const scratch = mkdtempSync(join(tmpdir(), 'tandem-gpu-'));
 let failures = 0;
 
+function print(line: string): void {
+  process.stdout.write(`${line}\n`);
+}
+
 async function check(what: string, measure: () => Promise<{ passes: boolean; seen: string }>): Promise<void> {
   const { passes, seen } = await measure().catch((error: unknown) => ({ passes: false, seen: String(error) }));
   if (!passes) failures += 1;
-  console.log(`${passes ? 'passed' : 'FAILED'}  ${what}: ${seen}`);
+  print(`${passes ? 'passed' : 'FAILED'}  ${what}: ${seen}`);
 }
 
 function distance(what: string, measure: () => Promise<number>): Promise<void> {
@@ -25,7 +29,7 @@ function distance(what: string, measure: () => Promise<number>): Promise<void> {
 
 try {
   const { name, totalBytes } = loadAddon().describeGpu(0);
-  console.log(`GPU 0: ${name}, ${(totalBytes / 2 ** 30).toFixed(1)} GiB`);
+  print(`GPU 0: ${name}, ${(totalBytes / 2 ** 30).toFixed(1)} GiB`);
   for (const model of RANDOM_MODELS) {
     await distance(`random model ${model}`, () => forwardDistance(scratch, model, 1));
     await distance(`random model ${model}, two ranks on one GPU`, () => forwardDistance(scratch, model, 2));
@@ -50,5 +54,5 @@ try {
 } finally {
   rmSync(scratch, { recursive: true, force: true });
 }
-console.log(failures === 0 ? 'all passed' : `${failures} failed`);
+print(failures === 0 ? 'all passed' : `${failures} failed`);
 process.exitCode = failures === 0 ? 0 : 1;
