@@ -33,7 +33,7 @@ module.exports = {
       // The import quantises and checks with kernels of the addon.
       name: 'native-is-loaded-by-the-worker-engine-and-the-import',
       severity: 'error',
-      from: { pathNot: '^(native/|worker/(engine|wire)\\.ts$|model/import/import-kernels\\.ts$|bench/)|\\.test\\.ts$' },
+      from: { pathNot: '^(native/|worker/(engine|wire)\\.ts$|model/import/import-kernels\\.ts$|bench/|test/(gpu|support)/)|\\.test\\.ts$' },
       to: { path: '^native/' },
     },
     {

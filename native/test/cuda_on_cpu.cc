@@ -398,7 +398,8 @@ int BlockBarrier(bool value) {
 }
 
 void StartCopy16(void* to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) Refuse("cp.async from or to a place that is not 16-byte aligned");
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0 && (!valid || reinterpret_cast<uintptr_t>(from) % 16 == 0);
+  if (!aligned) Refuse("cp.async from or to a place that is not 16-byte aligned");
   std::memset(to, kPoison, 16);
   current->open_group.push_back({to, from, valid});
 }
@@ -510,7 +511,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   return Do(stream, [=] { std::memmove(to, from, bytes); });
 }
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind,
+                              cudaStream_t stream) {
   if (width > to_pitch || width > from_pitch) return cudaErrorInvalidValue;
   return Do(stream, [=] {
     for (size_t y = 0; y < height; ++y) std::memmove(static_cast<char*>(to) + y * to_pitch, static_cast<const char*>(from) + y * from_pitch, width);

@@ -29,7 +29,7 @@ struct Config {
   static constexpr int kWarps = kSplit ? 1 : kDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kSplit ? 8 : 2;      // 255 registers a thread
-  // Keys and values come in stages of kStageKeys, through a ring. INT8 stages are widened into one tile, so that theirs are free sooner.
+  // Keys and values come in stages of kStageKeys, through a ring. INT8 stages are widened into one tile, which leaves their own places free at once.
   static constexpr int kStageKeys = kSplit && kDim <= 128 ? kKeys / 2 : kKeys;
   static constexpr int kStagesOfKeys = kKeys / kStageKeys;
   static constexpr int kStages = kSplit ? 4 : kInt8 ? 1 : 2;

@@ -47,10 +47,11 @@ __device__ __forceinline__ __half ScaleOf(float largest) {
   return __float2half(fmaxf(largest / 127.0f, kLeastKvScale));
 }
 
+// What is read is not what is written, so that all of a head can be on its way before the first store.
 template <CudaKvType kType>
 __global__ void __launch_bounds__(kWarps * kWarpSize)
-    RotaryKernel(const __half* qkv, int64_t m, int64_t qkv_stride, const KvSlot* slots, const float* cos, const float* sin, CudaKvLayer kv, __half* q_out,
-                 int64_t q_stride) {
+    RotaryKernel(const __half* __restrict__ qkv, int64_t m, int64_t qkv_stride, const KvSlot* __restrict__ slots, const float* __restrict__ cos,
+                 const float* __restrict__ sin, CudaKvLayer kv, __half* __restrict__ q_out, int64_t q_stride) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int64_t row = unit / kv.num_heads, head = unit % kv.num_heads;
   if (row >= m) return;
@@ -65,23 +66,23 @@ __global__ void __launch_bounds__(kWarps * kWarpSize)
   };
 
   constexpr int kStep = 2 * kWarpSize;
-  for (int j = first; j < half; j += kStep) StoreQuad(rotated(q, j), half, j, q_to);
-  if (slot.block >= kv.num_blocks) return;
-
-  const int64_t place = KvPlace(kv, slot.block, head, slot.offset);
-  if (kType == CudaKvType::kF16) {
-    for (int j = first; j < half; j += kStep) {
-      StoreQuad(rotated(k, j), half, j, static_cast<__half*>(kv.k) + place);
-      StoreQuad(LoadQuad(v, half, j), half, j, static_cast<__half*>(kv.v) + place);
-    }
-    return;
-  }
-  // Once for the scales and once for the values; the second time the row is in the L1 cache.
+  const bool has_place = slot.block < kv.num_blocks;
+  const int64_t place = has_place ? KvPlace(kv, slot.block, head, slot.offset) : 0;
   float largest_k = 0.0f, largest_v = 0.0f;
   for (int j = first; j < half; j += kStep) {
-    largest_k = Largest(largest_k, rotated(k, j));
-    largest_v = Largest(largest_v, LoadQuad(v, half, j));
+    const Quad new_q = rotated(q, j), new_k = rotated(k, j), new_v = LoadQuad(v, half, j);
+    StoreQuad(new_q, half, j, q_to);
+    if (kType == CudaKvType::kI8) {
+      largest_k = Largest(largest_k, new_k);
+      largest_v = Largest(largest_v, new_v);
+    } else if (has_place) {
+      StoreQuad(new_k, half, j, static_cast<__half*>(kv.k) + place);
+      StoreQuad(new_v, half, j, static_cast<__half*>(kv.v) + place);
+    }
   }
+  if (kType == CudaKvType::kF16 || !has_place) return;
+
+  // Once more, now that the scales are known; the row is in the L1 cache.
   const __half k_scale = ScaleOf(largest_k), v_scale = ScaleOf(largest_v);
   if (first == 0) {
     kv.k_scales[place / dim] = k_scale;
