@@ -1,4 +1,5 @@
 import type { Options } from 'yargs';
+import { ConfigError } from '../common/errors.js';
 import type { KvDtype } from '../model/kv-blocks.js';
 
 /** How workers compute: the flags that `serve` and the commands with a server of their own have in common. */
@@ -45,4 +46,13 @@ export function engineFlags({ device, kvDtype, isa, activations, quantizeEmbeddi
     activations: activations === 'float' ? 'float' : 'int8',
     quantizeEmbedding: quantizeEmbedding === 'int8' ? 'int8' : 'none',
   };
+}
+
+/** The flags of workers that are started here. @throws ConfigError for what their device does not do */
+export function localEngineFlags(args: EngineArgs): EngineFlags {
+  const flags = engineFlags(args);
+  const { device, kvDtype } = flags;
+  if (device === 'cpu' && kvDtype === 'int8') throw new ConfigError('--kv-dtype int8 is for GPUs (--device cuda); CPUs have fp16 and fp32');
+  if (device === 'cuda' && kvDtype === 'fp32') throw new ConfigError('--kv-dtype fp32 is for CPUs; GPUs have fp16 and int8');
+  return flags;
 }

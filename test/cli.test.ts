@@ -96,6 +96,13 @@ describe('wrong command lines', () => {
       args: ['serve', '--cpus', '0', '--external-workers', '--worker-listen', 'unix:/x'],
       words: ['--cpus is for workers that this server starts'],
     },
+    { args: ['serve', '--device', 'gpu'], words: ['--device "gpu"', 'allowed are "cpu", "cuda"'] },
+    {
+      args: ['worker', '--coordinator', 'unix:/x', '--rank', '0', '--device', 'cuda'],
+      words: ['--device cuda: a worker takes cpu or cuda:N, as in cuda:0'],
+    },
+    { args: ['serve', '--kv-dtype', 'int8'], words: ['--kv-dtype int8 is for GPUs (--device cuda); CPUs have fp16 and fp32'] },
+    { args: ['logits', '--device', 'cuda', '--tokens', '1'], words: ['--kv-dtype fp32 is for CPUs; GPUs have fp16 and int8'] },
     { args: ['serve', '--isa', 'sse'], words: ['--isa "sse"', 'allowed are "auto", "avx512vnni", "avx512", "avx2", "neon", "generic"'] },
     { args: ['serve', '--listen', '0.0.0.0:7130'], words: ['--listen 0.0.0.0:7130 is not this machine alone', 'give --api-keys FILE'] },
     {

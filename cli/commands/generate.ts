@@ -15,7 +15,7 @@ import { describeError, isServiceError } from '../describe-error.js';
 import { inLineTerms, isSeed, parseInputLine, toWireRequest, type GenerateParams, type PromptInput } from '../input-line.js';
 import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
-import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
+import { type EngineArgs, localEngineFlags, engineOptions } from '../engine-options.js';
 import { decimalNumber, wholeNumber } from '../number-option.js';
 import { readLines } from '../read-lines.js';
 
@@ -339,7 +339,7 @@ function clusterOptions(args: GenerateArgs) {
     model: args.model ?? null,
     worldSize: args.worldSize,
     threads: args.threads,
-    engine: engineFlags(args),
+    engine: localEngineFlags(args),
   };
 }
 

@@ -2,7 +2,7 @@ import type { CommandModule } from 'yargs';
 import { ConfigError } from '../../common/errors.js';
 import { interruptible } from '../interrupt.js';
 import { startLocalCluster } from '../local-cluster.js';
-import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
+import { type EngineArgs, localEngineFlags, engineOptions } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
 
 interface LogitsArgs extends EngineArgs {
@@ -49,7 +49,7 @@ export const logitsCommand: CommandModule<unknown, LogitsArgs> = {
         model: args.model ?? null,
         worldSize: args.worldSize,
         threads: args.threads,
-        engine: engineFlags(args),
+        engine: localEngineFlags(args),
         signal,
       });
       try {

@@ -9,7 +9,7 @@ import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js'
 import { DEFAULT_STEP_TOKENS, startServer } from '../../coordinator/main.js';
 import { describeGpu, nativeBuild } from '../../worker/engine.js';
 import { modelOrTiny } from '../model-option.js';
-import { type EngineArgs, engineFlags, engineOptions } from '../engine-options.js';
+import { type EngineArgs, engineFlags, engineOptions, localEngineFlags } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
 
 export const DEFAULT_ADDRESS = '127.0.0.1:7130';
@@ -124,7 +124,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       process.once('disconnect', () => end()); // a parent that is gone needs no server
     });
     const cpus = args.cpus === undefined ? null : parseCpuList(args.cpus);
-    const engine = engineFlags(args);
+    const engine = args.externalWorkers ? engineFlags(args) : localEngineFlags(args);
     // Now, and not from each worker.
     if (!args.externalWorkers) nativeBuild();
     for (let gpu = 0; engine.device === 'cuda' && !args.externalWorkers && gpu < args.worldSize; gpu++) describeGpu(gpu);
