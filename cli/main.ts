@@ -3,21 +3,6 @@ import yargs, { type CommandModule } from 'yargs';
 import { hideBin } from 'yargs/helpers';
 import { packageVersion } from '../common/package-root.js';
 import { checkFlags, type FlagTypes } from './check-flags.js';
-import { demoCommand } from './commands/demo.js';
-import { exportCommand } from './commands/export.js';
-import { generateCommand } from './commands/generate.js';
-import { importCommand } from './commands/import.js';
-import { inspectCommand } from './commands/inspect.js';
-import { keyCommand } from './commands/key.js';
-import { loadCommand } from './commands/load.js';
-import { logitsCommand } from './commands/logits.js';
-import { planCommand } from './commands/plan.js';
-import { serveCommand } from './commands/serve.js';
-import { statusCommand } from './commands/status.js';
-import { synthCommand } from './commands/synth.js';
-import { topCommand } from './commands/top.js';
-import { verifyCommand } from './commands/verify.js';
-import { workerCommand } from './commands/worker.js';
 import { describeError, oneLine } from './describe-error.js';
 
 /** The command line was wrong: nothing was done. */
@@ -28,24 +13,25 @@ const EXIT_USAGE = 2;
 /** As a shell reports a command whose reader went away: 128 + SIGPIPE. */
 const EXIT_PIPE = 141;
 
-const commands = [
-  serveCommand,
-  workerCommand,
-  generateCommand,
-  importCommand,
-  exportCommand,
-  inspectCommand,
-  verifyCommand,
-  planCommand,
-  synthCommand,
-  statusCommand,
-  topCommand,
-  logitsCommand,
-  loadCommand,
-  keyCommand,
-  demoCommand,
-] as unknown as CommandModule[];
-const names = commands.map(({ command }) => String(command).split(' ')[0]!);
+/** Each is loaded when it is asked for: a worker need not wait for a web server, nor an error for either. */
+const COMMANDS: Readonly<Record<string, () => Promise<unknown>>> = {
+  serve: async () => (await import('./commands/serve.js')).serveCommand,
+  worker: async () => (await import('./commands/worker.js')).workerCommand,
+  generate: async () => (await import('./commands/generate.js')).generateCommand,
+  import: async () => (await import('./commands/import.js')).importCommand,
+  export: async () => (await import('./commands/export.js')).exportCommand,
+  inspect: async () => (await import('./commands/inspect.js')).inspectCommand,
+  verify: async () => (await import('./commands/verify.js')).verifyCommand,
+  plan: async () => (await import('./commands/plan.js')).planCommand,
+  synth: async () => (await import('./commands/synth.js')).synthCommand,
+  status: async () => (await import('./commands/status.js')).statusCommand,
+  top: async () => (await import('./commands/top.js')).topCommand,
+  logits: async () => (await import('./commands/logits.js')).logitsCommand,
+  load: async () => (await import('./commands/load.js')).loadCommand,
+  key: async () => (await import('./commands/key.js')).keyCommand,
+  demo: async () => (await import('./commands/demo.js')).demoCommand,
+};
+const names = Object.keys(COMMANDS);
 const typed = hideBin(process.argv);
 
 if (process.env['GRPC_VERBOSITY'] === undefined) setLogVerbosity(logVerbosity.NONE); // its lines say nothing that ours do not
@@ -60,6 +46,8 @@ try {
   if (!first.startsWith('-') && !names.includes(first)) {
     throw new UsageError(`${first === '' ? 'no command given' : `unknown command ${first}`}, there are ${names.join(', ')}`);
   }
+  const wanted = names.includes(first) ? [first] : names;
+  const commands = (await Promise.all(wanted.map((name) => COMMANDS[name]!()))) as CommandModule[];
   await yargs(typed)
     .scriptName('tandem')
     .locale('en')

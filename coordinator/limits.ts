@@ -47,3 +47,6 @@ export function limitsFrom(given: Partial<Record<LimitName, number | undefined>>
   });
   return Object.freeze(Object.fromEntries(entries) as Record<LimitName, number>);
 }
+
+/** Tokens of one step before a longer run goes through the layers in several. */
+export const DEFAULT_STEP_TOKENS = 256;

@@ -87,7 +87,6 @@ export interface RunningServer {
   close(): Promise<void>;
 }
 
-export const DEFAULT_STEP_TOKENS = 256;
 /** Sequences that can decode in one step. */
 const MAX_EXTENDS = 256;
 const HEARTBEAT_MS = 1000;

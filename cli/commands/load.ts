@@ -18,7 +18,7 @@ import { e2eMs, summarize, tpotMs, ttftMs, type RequestRecord } from '../load/su
 import type { LoadTarget, RequestShape } from '../load/target.js';
 import type { PlannedRequest, PromptSource } from '../load/workload.js';
 import { decimalNumber, wholeNumber } from '../number-option.js';
-import { DEFAULT_ADDRESS } from './serve.js';
+import { DEFAULT_ADDRESS } from '../default-address.js';
 
 const MODES = ['fill-blanks', 'mask', 'gmask', 'unidirectional'] as const;
 const DEFAULT_REQUESTS = 100;

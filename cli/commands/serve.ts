@@ -5,14 +5,13 @@ import type { CommandModule, Options } from 'yargs';
 import { parseCpuList } from '../../common/cpu-list.js';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
-import { type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
-import { DEFAULT_STEP_TOKENS, startServer } from '../../coordinator/main.js';
+import { DEFAULT_STEP_TOKENS, type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
 import { describeGpu, nativeBuild } from '../../worker/engine.js';
+import { DEFAULT_ADDRESS } from '../default-address.js';
 import { modelOrTiny } from '../model-option.js';
 import { type EngineArgs, engineFlags, engineOptions, localEngineFlags } from '../engine-options.js';
 import { wholeNumber } from '../number-option.js';
 
-export const DEFAULT_ADDRESS = '127.0.0.1:7130';
 const DEFAULT_HTTP_ADDRESS = '127.0.0.1:7131';
 
 /** As a shell reports a command that Ctrl-C ended. */
@@ -128,6 +127,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
     // Now, and not from each worker.
     if (!args.externalWorkers) nativeBuild();
     for (let gpu = 0; engine.device === 'cuda' && !args.externalWorkers && gpu < args.worldSize; gpu++) describeGpu(gpu);
+    const { startServer } = await import('../../coordinator/main.js'); // web server and all: not for an error of the flags to wait for
     const starting = startServer({
       model: await modelOrTiny(args.model),
       worldSize: args.worldSize,

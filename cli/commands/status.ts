@@ -6,7 +6,7 @@ import { connect } from '../client.js';
 import { type ConnectionArgs, connectionOptions, toCredentials } from '../connection-options.js';
 import { formatBytes, formatCount, formatDuration, formatMs, formatTable, formatWorkerState } from '../format.js';
 import { printable } from '../terminal/text.js';
-import { DEFAULT_ADDRESS } from './serve.js';
+import { DEFAULT_ADDRESS } from '../default-address.js';
 
 interface StatusArgs extends ConnectionArgs {
   address: string;

@@ -10,7 +10,7 @@ import { wholeNumber } from '../number-option.js';
 import { paint } from '../terminal/line.js';
 import { openScreen } from '../terminal/screen.js';
 import { topView, type TopView } from '../top-view.js';
-import { DEFAULT_ADDRESS } from './serve.js';
+import { DEFAULT_ADDRESS } from '../default-address.js';
 
 interface TopArgs extends ConnectionArgs {
   address: string;
