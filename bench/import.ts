@@ -40,6 +40,7 @@ interface Run {
 }
 
 const PIECE_BYTES = 8 * 2 ** 20;
+if (options.dir !== undefined) mkdirSync(options.dir, { recursive: true });
 const scratch = mkdtempSync(join(options.dir ?? tmpdir(), 'tandem-bench-import-'));
 process.once('exit', () => rmSync(scratch, { recursive: true, force: true }));
 const sources = options.dir ?? scratch;
