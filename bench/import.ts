@@ -2,10 +2,10 @@
  * `npm run bench:import`: a synthetic checkpoint of GLM-130B's tensor shapes and fewer layers, imported to INT4 from its archive in 60 parts under a
  * memory limit, next to what the disk allows; from the unpacked folder; and killed at random points. The stores have to be the same, byte for byte.
  */
-import { spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';
-import { createReadStream, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
+import { createReadStream, existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs';
 import { open } from 'node:fs/promises';
 import { cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -14,6 +14,8 @@ import yargs from 'yargs';
 import { hideBin } from 'yargs/helpers';
 import { formatBytes, formatTable } from '../cli/format.js';
 import { packageRoot } from '../common/package-root.js';
+import { forgetFiles, peakResidentBytes } from './processes.js';
+import { median } from './summary.js';
 
 const options = await yargs(hideBin(process.argv))
   .scriptName('npm run bench:import --')
@@ -61,16 +63,16 @@ let expected = '';
 let storeBytes = 0;
 for (let i = 0; i < options.repeats; i++) {
   progress(`import ${i + 1} of ${options.repeats}`);
-  forget(parts);
+  forgetFiles(parts);
   const store = join(scratch, 'store');
   imports.push(await runImport(join(archive, '*.part_*'), store));
   storeBytes = bytesOf(store);
   if (i === 0) expected = await digestOf(store);
   rmSync(store, { recursive: true });
   progress('the disk alone');
-  forget(parts);
+  forgetFiles(parts);
   passes.push(await pass(parts, storeBytes));
-  forget(parts);
+  forgetFiles(parts);
   reads.push(await pass(parts, 0));
 }
 const fromFolder = options.folder ? await importFolder() : null;
@@ -128,21 +130,13 @@ async function tandem(args: readonly string[], killAfterMs: number | null = null
   void closed.then(() => (ended = true));
   let peakBytes = 0;
   while (!ended) {
-    peakBytes = Math.max(peakBytes, peakOf(child.pid!));
+    peakBytes = Math.max(peakBytes, peakResidentBytes(child.pid!));
     if (killAfterMs !== null && performance.now() - started > killAfterMs) child.kill('SIGKILL');
     await Promise.race([closed, sleep(20)]);
   }
   const [code, signal] = await closed;
   if (code !== 0 && signal !== 'SIGKILL') throw new Error(`tandem ${args.join(' ')} ended with ${code ?? signal}`);
   return { seconds: (performance.now() - started) / 1000, peakBytes, killed: signal !== null, stdout };
-}
-
-function peakOf(pid: number): number {
-  try {
-    return 1024 * Number(/^VmHWM:\s*(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1] ?? 0);
-  } catch {
-    return 0; // it has just ended
-  }
 }
 
 /** Reads all of `paths` and writes `writtenBytes` at the same time, synced at the end; computes nothing. @returns seconds */
@@ -167,14 +161,6 @@ async function pass(paths: readonly string[], writtenBytes: number): Promise<num
   const seconds = (performance.now() - started) / 1000;
   rmSync(target);
   return seconds;
-}
-
-/** Takes files out of the page cache, so that the disk is what is read. */
-function forget(paths: readonly string[]): void {
-  for (const path of paths) {
-    const result = spawnSync('dd', [`of=${path}`, 'oflag=nocache', 'conv=notrunc,fdatasync', 'count=0'], { stdio: 'ignore' });
-    if (result.status !== 0) throw new Error('dd of GNU coreutils is needed to read from the disk and not from memory');
-  }
 }
 
 async function digestOf(store: string): Promise<string> {
@@ -219,11 +205,6 @@ function report(): void {
   ];
   process.stdout.write(`${lines.join('\n')}\n`);
   if (fromFolder === false || killed?.isSame === false) process.exitCode = 1;
-}
-
-function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.floor(sorted.length / 2)]!;
 }
 
 function progress(message: string): void {
