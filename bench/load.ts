@@ -29,7 +29,7 @@ const options = await yargs(hideBin(process.argv))
 
 interface Load {
   readonly seconds: number;
-  /** Of the worker that needs most: resident at its peak, without weights and KV cache. */
+  /** Of the worker that needs most: resident at its peak, without the weights. */
   readonly extraBytes: number;
 }
 
@@ -72,7 +72,7 @@ process.stdout.write(
       ],
     ),
     '',
-    `loading takes ${ratio.toFixed(2)} times the read; a worker needs ${formatBytes(Math.max(...loads.map(({ extraBytes }) => extraBytes)))} beside weights and KV cache at most`,
+    `loading takes ${ratio.toFixed(2)} times the read; a worker needs ${formatBytes(Math.max(...loads.map(({ extraBytes }) => extraBytes)))} beside the weights at most`,
     '',
   ].join('\n'),
 );
@@ -112,9 +112,10 @@ async function load(): Promise<Load> {
   let last = '';
   createInterface({ input: server.stderr }).on('line', (line) => {
     last = line;
-    const { msg, rank, pid, loadMs, weightBytes, kvBytes } = parsed(line);
+    const { msg, rank, pid, loadMs, weightBytes } = parsed(line);
     if (msg === 'worker attached') pids.set(rank!, pid!);
-    if (msg === 'shard loaded') loaded.push({ loadMs: loadMs!, extraBytes: peakResidentBytes(pids.get(rank!)!) - weightBytes! - kvBytes! });
+    if (msg !== 'shard loaded' || weightBytes === undefined) return; // the coordinator has such a line, too
+    loaded.push({ loadMs: loadMs!, extraBytes: peakResidentBytes(pids.get(rank!)!) - weightBytes }); // the KV cache takes pages when it is used
   });
   while (loaded.length < options.workers) {
     if (server.exitCode !== null) throw new Error(`the server ended: ${last}`);
@@ -138,7 +139,6 @@ interface LogLine {
   readonly pid?: number;
   readonly loadMs?: number;
   readonly weightBytes?: number;
-  readonly kvBytes?: number;
 }
 
 function parsed(line: string): LogLine {

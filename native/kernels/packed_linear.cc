@@ -29,19 +29,31 @@ uint32_t PackFour(uint32_t v) {
   return v ^ 0x88888888u;
 }
 
+// The vector of `bytes` <= 4 bytes of each of `rows` rows, row_stride apart. Called with constants where most of the work is.
+template <WeightType type>
+inline void PackVector(const uint8_t* from, int64_t row_stride, int64_t rows, size_t bytes, uint8_t* vector) {
+  uint32_t fours[kBlockRows] = {};
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(fours + r, from + r * row_stride, bytes);
+  for (int64_t r = 0; r < rows; ++r) fours[r] = PackFour<type>(fours[r]);
+  std::memcpy(vector, fours, static_cast<size_t>(rows) * 4);
+}
+
 template <WeightType type>
 void PackRowsOf(const LinearWeight& from, const PackedWeight& packed, int64_t begin, int64_t end, uint8_t* to) {
   constexpr int64_t kColumnsOfFour = type == WeightType::kI8 ? 4 : 8;
-  for (int64_t o = begin; o < end; ++o) {
+  for (int64_t o = begin; o < end; o += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, end - o);
     const uint8_t* row = static_cast<const uint8_t*>(from.data) + o * from.row_stride;
-    uint8_t* vectors = to + o / kBlockRows * packed.BlockBytes() + packed.ScaleBytes() + o % kBlockRows * 4;
+    uint8_t* vector = to + o / kBlockRows * packed.BlockBytes() + packed.ScaleBytes();
     for (auto s = packed.segments.First(); s.begin < from.cols; s.Next()) {
-      uint32_t fours[kSegmentColumns / 4] = {};
-      const int64_t count = (s.length() + kColumnsOfFour - 1) / kColumnsOfFour;
-      std::memcpy(fours, row + s.begin * 4 / kColumnsOfFour, static_cast<size_t>(s.length() * 4 / kColumnsOfFour));
-      for (uint32_t& four : fours) four = PackFour<type>(four);
-      for (int64_t i = 0; i < count; ++i) std::memcpy(vectors + i * 64, fours + i, 4);
-      vectors += count * 64;
+      const uint8_t* columns = row + s.begin * 4 / kColumnsOfFour;
+      int64_t left = s.length() * 4 / kColumnsOfFour;  // bytes of each row
+      for (; left >= 4; left -= 4, columns += 4, vector += 64) {
+        rows == kBlockRows ? PackVector<type>(columns, from.row_stride, kBlockRows, 4, vector) : PackVector<type>(columns, from.row_stride, rows, 4, vector);
+      }
+      if (left == 0) continue;
+      PackVector<type>(columns, from.row_stride, rows, static_cast<size_t>(left), vector);
+      vector += 64;
     }
   }
 }

@@ -10,9 +10,18 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/file_hints.h"
 
 namespace tandem {
 namespace {
+
+// What the kernel is told to fetch while a block is worked on: as many bytes as the block has, so far behind it. Tensors lie in a file in the order in which
+// they are read, so it goes from one to the next.
+constexpr int64_t kReadAhead = 8 << 20;
+constexpr int64_t kLeastHint = 64 << 10;
+// Columns of rows are read with what is between them, unless that is more than so many times as much.
+constexpr int64_t kMostSkipped = 4;
+constexpr int64_t kPieceBytes = 256 << 10;
 
 [[noreturn]] void Fail(const TensorSource& tensor, const std::string& what) {
   throw Error(ErrorCode::kCheckpoint, "tensor " + tensor.name + ": " + what);
@@ -90,12 +99,24 @@ const TensorSource* TensorFiles::Find(const std::string& name) const {
 void TensorFiles::ReadRows(const TensorSource& tensor, int64_t first_row, int64_t rows, int64_t column_byte, int64_t bytes, void* out,
                            int64_t out_stride) const {
   const int64_t row_bytes = tensor.shape.empty() || tensor.shape[0] == 0 ? 0 : TensorBytes(tensor) / tensor.shape[0];
+  const int64_t begin = tensor.offset + first_row * row_bytes, length = rows * row_bytes;
+  if (length >= kLeastHint) HintRead(files_.at(tensor.file).descriptor, begin + kReadAhead, length);
   if (bytes == row_bytes && out_stride == bytes) {
-    ReadAt(tensor, tensor.offset + first_row * row_bytes, out, rows * bytes);
+    ReadAt(tensor, begin, out, rows * bytes);
     return;
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    ReadAt(tensor, tensor.offset + (first_row + i) * row_bytes + column_byte, static_cast<char*>(out) + i * out_stride, bytes);
+  const auto row_of = [&](int64_t i) { return static_cast<char*>(out) + i * out_stride; };
+  if (bytes * kMostSkipped < row_bytes) {
+    for (int64_t i = 0; i < rows; ++i) ReadAt(tensor, begin + i * row_bytes + column_byte, row_of(i), bytes);
+    return;
+  }
+  // One call for many rows, what is not wanted of them included.
+  const int64_t rows_at_once = std::max<int64_t>(1, std::min(rows, kPieceBytes / std::max<int64_t>(row_bytes, 1)));
+  std::vector<char> piece(static_cast<size_t>(rows_at_once * row_bytes));
+  for (int64_t first = 0; first < rows; first += rows_at_once) {
+    const int64_t count = std::min(rows_at_once, rows - first);
+    ReadAt(tensor, begin + first * row_bytes, piece.data(), count * row_bytes);
+    for (int64_t i = 0; i < count; ++i) std::memcpy(row_of(first + i), piece.data() + i * row_bytes + column_byte, static_cast<size_t>(bytes));
   }
 }
 
