@@ -1,14 +1,15 @@
 // linear_bench.cu: GLM-130B's linear layers on one GPU, synthetic weights: decoding against the speed of a copy, prefill against the rate of the tensor cores.
 //
 //   nvcc -std=c++17 -O3 -arch=native -Inative native/bench/cuda/linear_bench.cu native/kernels/cuda/linear*.cu native/kernels/linear.cc native/core/*.cc \
-//        -o linear_bench && ./linear_bench [--quick] [--kernels]
+//        -o linear_bench && ./linear_bench [--quick] [--kernels] [--rows 1,8,...] [--layer NAME] [--type int4|int8|fp16]
 //
 // --quick    fewer shapes and rows
 // --kernels  every kernel that could run, beside the one that Linear takes (marked *)
 //
-// Each measurement is a CUDA graph of launches that go through as many copies of the weight as the L2 cache cannot hold; the best of some runs.
+// Each measurement is a CUDA graph of launches that go through as many copies of the weight as the L2 cache cannot hold; the median of some runs.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -23,7 +24,7 @@ namespace tandem::cuda {
 
 namespace {
 
-constexpr int kRuns = 4;
+constexpr int kRuns = 5;
 
 struct Memory {
   explicit Memory(int64_t bytes) { Check(cudaMalloc(&data, static_cast<size_t>(bytes)), "memory of the bench"); }
@@ -44,7 +45,7 @@ double Seconds(Stream stream, int count, const std::function<void(int)>& run) {
   cudaEvent_t begin, end;
   Check(cudaEventCreate(&begin), "an event");
   Check(cudaEventCreate(&end), "an event");
-  float best = 0.0f;
+  std::vector<float> all;
   for (int i = 0; i <= kRuns; ++i) {  // the first one warms up
     Check(cudaEventRecord(begin, stream), "an event");
     Check(cudaGraphLaunch(executable, stream), "a graph");
@@ -52,21 +53,36 @@ double Seconds(Stream stream, int count, const std::function<void(int)>& run) {
     Check(cudaEventSynchronize(end), "a measurement");
     float milliseconds = 0.0f;
     Check(cudaEventElapsedTime(&milliseconds, begin, end), "a measurement");
-    if (i == 1 || (i > 1 && milliseconds < best)) best = milliseconds;
+    if (i > 0) all.push_back(milliseconds);
   }
+  std::nth_element(all.begin(), all.begin() + kRuns / 2, all.end());
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
-  return static_cast<double>(best) * 1e-3 / count;
+  return static_cast<double>(all[kRuns / 2]) * 1e-3 / count;
+}
+
+constexpr int kCopyVectors = 4;  // of 16 bytes, by each thread
+
+__global__ void __launch_bounds__(512) CopyKernel(const uint4* from, uint4* to) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (512 * kCopyVectors) + threadIdx.x;
+  uint4 values[kCopyVectors];
+#pragma unroll
+  for (int i = 0; i < kCopyVectors; ++i) values[i] = LoadStreaming(from + first + i * 512);
+#pragma unroll
+  for (int i = 0; i < kCopyVectors; ++i) to[first + i * 512] = values[i];
 }
 
 // Bytes read and written per second.
 double CopyRate(Stream stream) {
-  constexpr int64_t kBytes = int64_t{1} << 30;
+  constexpr int64_t kBytes = int64_t{4} << 30;
   const Memory from(kBytes), to(kBytes);
   Check(cudaMemset(from.data, 1, kBytes), "the source of a copy");
-  return 2.0 * kBytes / Seconds(stream, 4, [&](int) { Check(cudaMemcpyAsync(to.data, from.data, kBytes, cudaMemcpyDeviceToDevice, stream), "a copy"); });
+  return 2.0 * kBytes / Seconds(stream, 2, [&](int) {
+    Launch("copy", CopyKernel, dim3(static_cast<unsigned int>(kBytes / (512 * kCopyVectors * 16))), dim3(512), 0, stream, static_cast<const uint4*>(from.data),
+           static_cast<uint4*>(to.data));
+  });
 }
 
 constexpr int kMmaChains = 8, kMmaRounds = 2048;
@@ -130,18 +146,23 @@ struct Kernel {
 
 std::vector<Kernel> Kernels(const DeviceWeight& weight, int64_t m, bool all, size_t shared_bytes) {
   std::vector<Kernel> kernels;
+  const int stream_tiles = ChooseStreamTokenTiles(weight, m);
   if (m <= kMaxDecodeRows) {
-    const int chosen = ChooseDecodeRowTiles(weight, m);
+    const int chosen = stream_tiles > 0 ? 0 : ChooseDecodeRowTiles(weight, m);
     for (const int row_tiles : {1, 2, 4}) {
       if ((row_tiles == 1 && m > 8) || (row_tiles == 4 && weight.type == WeightType::kF16)) continue;
       if (all || row_tiles == chosen) {
         kernels.push_back({"decode " + std::to_string(row_tiles), [=](const LinearCall& call) { LaunchDecode(call, row_tiles); }, row_tiles == chosen});
       }
     }
-    if (m < 8) return kernels;
   }
+  for (const int token_tiles : kStreamTokenTiles) {
+    if (!CanStream(weight, token_tiles) || (token_tiles != stream_tiles && (!all || m > 2 * kMaxStreamRows || m > 16 * token_tiles))) continue;
+    kernels.push_back({"stream " + std::to_string(token_tiles), [=](const LinearCall& call) { LaunchStream(call, token_tiles); }, token_tiles == stream_tiles});
+  }
+  if (m < 8) return kernels;
   for (const GemmTile tile : kGemmTiles) {
-    const bool chosen = m > kMaxDecodeRows && tile == ChooseGemmTile(weight, m);
+    const bool chosen = m > kMaxDecodeRows && stream_tiles == 0 && tile == ChooseGemmTile(weight, m);
     if (GemmSharedBytes(tile, weight.type) > shared_bytes || (!all && !chosen) || (m <= 64 && TileTokens(tile) > 64)) continue;
     kernels.push_back({"gemm " + std::to_string(TileOutputRows(tile)) + "x" + std::to_string(TileTokens(tile)),
                        [=](const LinearCall& call) { LaunchGemm(call, tile); }, chosen});
@@ -151,6 +172,8 @@ std::vector<Kernel> Kernels(const DeviceWeight& weight, int64_t m, bool all, siz
 
 struct Options {
   bool quick = false, all_kernels = false;
+  std::vector<int64_t> row_counts;  // empty: some
+  std::string layer, type;          // empty: all
 };
 
 void Measure(const Options& options) {
@@ -166,13 +189,14 @@ void Measure(const Options& options) {
   std::printf("%-12s %-5s %5s %6s  %-13s %10s %8s %9s %9s %8s\n", "layer", "type", "group", "rows", "kernel", "us", "GB/s", "of copy", "TFLOP/s", "of mma");
 
   const std::vector<int64_t> row_counts =
-      options.quick ? std::vector<int64_t>{1, 8, 16, 2048} : std::vector<int64_t>{1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048};
+      !options.row_counts.empty() ? options.row_counts
+      : options.quick ? std::vector<int64_t>{1, 8, 16, 32, 64, 2048} : std::vector<int64_t>{1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048};
   int64_t most_cols = 0, most_rows = 0;
   for (const Layer& layer : kLayers) {
     most_cols = std::max(most_cols, layer.cols);
     most_rows = std::max(most_rows, layer.rows);
   }
-  const int64_t most_tokens = row_counts.back();
+  const int64_t most_tokens = *std::max_element(row_counts.begin(), row_counts.end());
   // Rows of x are drawn as a weight's are: finite halves.
   LinearWeight rows_as_weight;
   rows_as_weight.type = WeightType::kF16;
@@ -186,7 +210,9 @@ void Measure(const Options& options) {
 
   for (const Layer& layer : kLayers) {
     if (options.quick && std::strchr(layer.name, '/') != nullptr) continue;
+    if (!options.layer.empty() && options.layer != layer.name) continue;
     for (const WeightType type : {WeightType::kI4, WeightType::kI8, WeightType::kF16}) {
+      if (!options.type.empty() && options.type != TypeName(type)) continue;
       if (layer.group_size == 0 && type != WeightType::kF16) continue;
       for (const int64_t group_size : {layer.group_size, int64_t{128}}) {
         if (group_size == 128 && (type != WeightType::kI4 || options.quick || std::strcmp(layer.name, "qkv") != 0)) continue;
@@ -230,8 +256,14 @@ int main(int argc, char** argv) {
       options.quick = true;
     } else if (std::strcmp(argv[i], "--kernels") == 0) {
       options.all_kernels = true;
+    } else if (std::strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {
+      for (const char* at = argv[++i]; at != nullptr; at = std::strchr(at, ',')) options.row_counts.push_back(std::atoll(*at == ',' ? ++at : at));
+    } else if (std::strcmp(argv[i], "--layer") == 0 && i + 1 < argc) {
+      options.layer = argv[++i];
+    } else if (std::strcmp(argv[i], "--type") == 0 && i + 1 < argc) {
+      options.type = argv[++i];
     } else {
-      std::fprintf(stderr, "usage: linear_bench [--quick] [--kernels]\n");
+      std::fprintf(stderr, "usage: linear_bench [--quick] [--kernels] [--rows 1,8,...] [--layer NAME] [--type int4|int8|fp16]\n");
       return 2;
     }
   }

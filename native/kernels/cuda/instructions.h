@@ -94,6 +94,8 @@ inline uint32_t Lop3AndOr(uint32_t x, uint32_t mask, uint32_t bits) { return (x 
 // Four bytes of the eight of b:a, as __byte_perm.
 inline uint32_t Prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 inline void PrefetchL2(const void*) {}
+// The thread's x index, read anew: what is derived from it need not stay in registers.
+inline int ReadThreadIndex() { return static_cast<int>(threadIdx.x); }
 // 2^x to 2 units in the last place; 2^0 is 1, 2^-infinity is 0.
 inline float Exp2(float x) { return std::exp2(x); }
 
@@ -169,6 +171,12 @@ __device__ __forceinline__ uint32_t Lop3AndOr(uint32_t x, uint32_t mask, uint32_
 __device__ __forceinline__ uint32_t Prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 __device__ __forceinline__ void PrefetchL2(const void* global) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(global))); }
+
+__device__ __forceinline__ int ReadThreadIndex() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
 
 __device__ __forceinline__ float Exp2(float x) {
   float result;

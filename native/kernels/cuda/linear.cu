@@ -32,12 +32,24 @@ bool PartsLieWithinGroups(const DeviceWeight& weight, int64_t parts) {
   return true;
 }
 
-struct DeviceLimits {
-  int64_t processors;
-  size_t shared_bytes;
-};
+void Run(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, void* y, bool is_half, int64_t y_stride,
+         Stream stream) {
+  if (m <= 0) return;
+  if (m > std::numeric_limits<int>::max()) throw Error(ErrorCode::kInvalidArgument, "linear: " + std::to_string(m) + " rows are too many");
+  const LinearCall call{weight, x, m, x_stride, Output{y, y_stride, bias, static_cast<int>(weight.rows), is_half}, stream};
+  const int stream_tiles = ChooseStreamTokenTiles(weight, m);
+  if (stream_tiles > 0) {
+    LaunchStream(call, stream_tiles);
+  } else if (m <= kMaxDecodeRows) {
+    LaunchDecode(call, ChooseDecodeRowTiles(weight, m));
+  } else {
+    LaunchGemm(call, ChooseGemmTile(weight, m));
+  }
+}
 
-// Of the current device. Asking the driver takes a while: once for each.
+}  // namespace
+
+// Asking the driver takes a while: once for each device.
 DeviceLimits LimitsOfDevice() {
   static std::mutex mutex;
   static std::vector<DeviceLimits> known;
@@ -53,20 +65,6 @@ DeviceLimits LimitsOfDevice() {
   }
   return known[index];
 }
-
-void Run(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, void* y, bool is_half, int64_t y_stride,
-         Stream stream) {
-  if (m <= 0) return;
-  if (m > std::numeric_limits<int>::max()) throw Error(ErrorCode::kInvalidArgument, "linear: " + std::to_string(m) + " rows are too many");
-  const LinearCall call{weight, x, m, x_stride, Output{y, y_stride, bias, static_cast<int>(weight.rows), is_half}, stream};
-  if (m <= kMaxDecodeRows) {
-    LaunchDecode(call, ChooseDecodeRowTiles(weight, m));
-  } else {
-    LaunchGemm(call, ChooseGemmTile(weight, m));
-  }
-}
-
-}  // namespace
 
 DeviceWeight DescribeDeviceWeight(const LinearWeight& weight) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
@@ -129,14 +127,22 @@ PackedView ViewOf(const DeviceWeight& weight) {
   return view;
 }
 
-// A warp with more tiles loads the rows of x less often; with fewer there are more warps, and the last ones to end are fewer.
+// From measurements on an H200. A block with more tiles loads the rows of x less often; with fewer tiles more blocks share the work.
 int ChooseDecodeRowTiles(const DeviceWeight& weight, int64_t m) {
-  const int wanted = m <= 4 || weight.type == WeightType::kF16 ? 2 : 4;
-  const int64_t sets = 8 / weight.parts;
-  for (int row_tiles = wanted; row_tiles > 1; row_tiles /= 2) {
-    if (RowTiles(weight) / (row_tiles * sets) >= LimitsOfDevice().processors) return row_tiles;
-  }
-  return m > 8 ? 2 : 1;
+  const int64_t blocks_of_one = RowTiles(weight) / (8 / weight.parts), processors = LimitsOfDevice().processors;
+  if (m > 8) return weight.type != WeightType::kF16 && blocks_of_one >= 28 * processors ? 4 : 2;
+  return blocks_of_one >= 2 * processors ? 2 : 1;
+}
+
+// INT4 is bound by instructions as much as by memory, and the streaming kernel takes the fewest, if its units keep all processors busy.
+int ChooseStreamTokenTiles(const DeviceWeight& weight, int64_t m) {
+  if (m > kMaxStreamRows || (m <= 8 && weight.type != WeightType::kI4)) return 0;
+  const int token_tiles = m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
+  if (!CanStream(weight, token_tiles)) return 0;
+  if (m > kMaxDecodeRows) return token_tiles;
+  const int64_t processors = LimitsOfDevice().processors, units = StreamUnits(weight, m, token_tiles);
+  const int64_t rounds = (units + processors - 1) / processors;
+  return units * 10 >= rounds * processors * 9 ? token_tiles : 0;
 }
 
 // The least time by a simple model: blocks run in waves over the processors, a block takes as long as its tile is large, smaller tiles are worse at reusing

@@ -141,6 +141,11 @@ std::vector<NamedProduct> Products(const TestWeight& w, int64_t m) {
       products.push_back({"decode " + std::to_string(row_tiles), [=](const cuda::LinearCall& call) { cuda::LaunchDecode(call, row_tiles); }});
     }
   }
+  for (const int token_tiles : cuda::kStreamTokenTiles) {
+    if (cuda::CanStream(w.packed, token_tiles)) {
+      products.push_back({"stream " + std::to_string(token_tiles), [=](const cuda::LinearCall& call) { cuda::LaunchStream(call, token_tiles); }});
+    }
+  }
   for (const GemmTile tile : cuda::kGemmTiles) {
     products.push_back({"gemm " + std::to_string(cuda::TileOutputRows(tile)) + "x" + std::to_string(cuda::TileTokens(tile)),
                         [=](const cuda::LinearCall& call) { cuda::LaunchGemm(call, tile); }});
@@ -265,6 +270,12 @@ TEST(cuda_linear_equals_ref_for_long_rows) {
   CheckShape({WeightType::kI8, 18, 12288, 1536, 0}, {3}, true);
   CheckShape({WeightType::kI4, 18, 8320, 128, 0}, {9}, true);
   CheckShape({WeightType::kF16, 18, 128 * 64 - 3, 0, 0}, {9}, true);
+}
+
+// 8 parts of 2 chunks; more units of the streaming kernel than an emulated device has processors, the last one not whole.
+TEST(cuda_linear_equals_ref_for_more_units_than_blocks) {
+  CheckShape({WeightType::kI4, 450, 1024, 128, 0}, {1, 9, 40}, true);
+  CheckShape({WeightType::kI8, 450, 1024, 128, 0}, {20}, false);
 }
 
 TEST(cuda_linear_has_the_same_bits_in_every_order_of_threads) {
