@@ -69,8 +69,7 @@ double Seconds(Stream stream, int count, const std::function<void(int)>& run) {
   return seconds / count;
 }
 
-// Bytes read and written per second by a copy within the card's memory, the median of some. Not in a graph, where copies reached two thirds
-// of it.
+// Bytes read and written per second by a copy within the card's memory, the median of some.
 double CopyRate(Stream stream) {
   constexpr int64_t kBytes = int64_t{4} << 30;
   const Memory from(kBytes), to(kBytes);
