@@ -1,18 +1,31 @@
 # The CUDA backend twice: tandem_cuda, for GPUs, where there is an nvcc (else what says that there is none), and tandem_cuda_on_cpu, the same sources as plain
-# C++ on the emulator of test/cuda_on_cpu.h. TANDEM_CUDA_ARCHITECTURES (environment) has compute capabilities, as in "80;90"; without it: all that are known.
+# C++ on the emulator of test/cuda_on_cpu.h. TANDEM_CUDA_ARCHITECTURES (environment) has compute capabilities, as in "80;90", or is "all".
 
 find_program(TANDEM_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDACXX PATHS /usr/local/cuda/bin)
 if(TANDEM_NVCC)
-  # A kernel image for each of these that the toolkit can make, and PTX of the last one for GPUs that come after it.
+  # A kernel image for each of these that the toolkit can make, and PTX of the last one for GPUs that come after it. Five of them take minutes, so where
+  # nobody asks for all (CI does), the GPUs of this machine decide, and without any there is one.
   execute_process(COMMAND ${TANDEM_NVCC} --list-gpu-arch OUTPUT_VARIABLE KNOWN_ARCHITECTURES)
   set(WANTED_ARCHITECTURES 75 80 86 89 90)
-  if(DEFINED ENV{TANDEM_CUDA_ARCHITECTURES})
+  if(DEFINED ENV{TANDEM_CUDA_ARCHITECTURES} AND NOT "$ENV{TANDEM_CUDA_ARCHITECTURES}" STREQUAL "all")
     set(WANTED_ARCHITECTURES $ENV{TANDEM_CUDA_ARCHITECTURES})
+  elseif(NOT DEFINED ENV{TANDEM_CUDA_ARCHITECTURES} AND NOT DEFINED ENV{CI})
+    execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE PRESENT ERROR_QUIET RESULT_VARIABLE NO_GPU)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" PRESENT "${PRESENT}")
+    string(REPLACE "." "" PRESENT "${PRESENT}")
+    list(REMOVE_DUPLICATES PRESENT)
+    list(SORT PRESENT)
+    set(WANTED_ARCHITECTURES 90)
+    if(PRESENT AND NOT NO_GPU)
+      set(WANTED_ARCHITECTURES ${PRESENT})
+    endif()
   endif()
   set(CMAKE_CUDA_ARCHITECTURES)
   foreach(ARCHITECTURE ${WANTED_ARCHITECTURES})
     if(KNOWN_ARCHITECTURES MATCHES "compute_${ARCHITECTURE}")
-      list(APPEND CMAKE_CUDA_ARCHITECTURES ${ARCHITECTURE}-real)
+      # wgmma is of sm_90a alone, whose code runs on every GPU of compute capability 9.0.
+      string(REGEX REPLACE "^90$" "90a" IMAGE ${ARCHITECTURE})
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${IMAGE}-real)
       set(LAST_ARCHITECTURE ${ARCHITECTURE})
     endif()
   endforeach()

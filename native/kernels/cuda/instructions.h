@@ -194,4 +194,83 @@ constexpr bool kHasLargeShared = false;
 constexpr bool kHasLargeShared = true;
 #endif
 
+// Warpgroups of four warps, sm_90a alone: d[64, 128] += a[64, 16] b[16, 128], each warp with 16 rows of a and d, whose registers are those of MmaM16N8K16, as
+// d[n] is of columns 8 n .. 8 n + 7. The same bits too, as a GPU showed and its tests show.
+//   b: in shared memory, two of the 16-byte pieces of a row of 128 bytes for each of the 128 columns: pieces `first` and `first + 1`, the second for k = 8 .. 15.
+//      rows: 1024-byte aligned; piece p of row r lies at place p ^ (r % 8) of the row (the hardware's 128-byte swizzle)
+// What other threads, or cp.async, wrote to shared memory takes FenceAsyncProxy() before the barrier. WarpgroupArrive() goes before the first mma and where
+// registers have changed since; an mma is done, and its registers can be read and written, when WarpgroupWait<N>() has left but N of the groups that
+// WarpgroupCommit() closed. WarpgroupSettle(d) then tells the compiler that d has changed.
+#if defined(TANDEM_CUDA_ON_CPU)
+
+constexpr bool kHasWarpgroupMma = true;
+inline void FenceAsyncProxy() {}
+inline void WarpgroupArrive() {}
+inline void WarpgroupCommit() {}
+template <int N>
+void WarpgroupWait() {}
+inline void WarpgroupSettle(float (&)[16][4]) {}
+inline void WarpgroupMma(float (&d)[16][4], const uint32_t (&a)[4], const void* rows, int first) {
+  if (reinterpret_cast<uintptr_t>(rows) % 1024 != 0) cuda_on_cpu::Trap("wgmma with rows that are not 1024-byte aligned");
+  const int group = cuda_on_cpu::LaneId() / 4, member = cuda_on_cpu::LaneId() % 4;
+  for (int n = 0; n < 16; ++n) {
+    const auto* row = static_cast<const unsigned char*>(rows) + (8 * n + group) * 128;
+    uint32_t b[2];
+    for (int i = 0; i < 2; ++i) std::memcpy(&b[i], row + ((first + i) ^ group) * 16 + member * 4, sizeof b[i]);
+    MmaM16N8K16(d[n], a, b);
+  }
+}
+
+#elif defined(__CUDACC__)
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroupMma = false;
+#else
+constexpr bool kHasWarpgroupMma = true;
+#endif
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void FenceAsyncProxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+__device__ __forceinline__ void WarpgroupArrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void WarpgroupCommit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void WarpgroupWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void WarpgroupSettle(float (&d)[16][4]) {
+#pragma unroll
+  for (int n = 0; n < 16; ++n) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+__device__ __forceinline__ void WarpgroupMma(float (&d)[16][4], const uint32_t (&a)[4], const void* rows, int first) {
+  // Address in 16 bytes; a leading offset that this swizzle does not use; 1024 bytes from 8 rows to the next 8; swizzle of 128 bytes.
+  const uint64_t descriptor = static_cast<uint64_t>((SharedAddress(rows) >> 4) + static_cast<uint32_t>(first)) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+                              uint64_t{1} << 62;
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
+      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+        "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+        "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+        "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+        "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+        "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+        "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+}
+#else
+__device__ __forceinline__ void FenceAsyncProxy() {}
+__device__ __forceinline__ void WarpgroupArrive() {}
+__device__ __forceinline__ void WarpgroupCommit() {}
+template <int N>
+__device__ __forceinline__ void WarpgroupWait() {}
+__device__ __forceinline__ void WarpgroupSettle(float (&)[16][4]) {}
+__device__ __forceinline__ void WarpgroupMma(float (&)[16][4], const uint32_t (&)[4], const void*, int) {}
+#endif
+
+#endif
+
 }  // namespace tandem::cuda

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/cuda/linear_warpgroup.h"
 
 namespace tandem::cuda {
 
@@ -33,15 +34,18 @@ bool PartsLieWithinGroups(const DeviceWeight& weight, int64_t parts) {
 }
 
 void Run(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, void* y, bool is_half, int64_t y_stride,
-         Stream stream) {
+         Stream stream, void* scratch) {
   if (m <= 0) return;
   if (m > std::numeric_limits<int>::max()) throw Error(ErrorCode::kInvalidArgument, "linear: " + std::to_string(m) + " rows are too many");
   const LinearCall call{weight, x, m, x_stride, Output{y, y_stride, bias, static_cast<int>(weight.rows), is_half}, stream};
   const int stream_tiles = ChooseStreamTokenTiles(weight, m);
+  WarpgroupTile tile;
   if (stream_tiles > 0) {
     LaunchStream(call, stream_tiles);
   } else if (m <= kMaxDecodeRows) {
     LaunchDecode(call, ChooseDecodeRowTiles(weight, m));
+  } else if (scratch != nullptr && ChooseWarpgroupTile(weight, m, &tile)) {
+    LaunchWarpgroups(call, tile, scratch);
   } else {
     LaunchGemm(call, ChooseGemmTile(weight, m));
   }
@@ -145,32 +149,60 @@ int ChooseStreamTokenTiles(const DeviceWeight& weight, int64_t m) {
   return units * 10 >= rounds * processors * 9 ? token_tiles : 0;
 }
 
-// The least time by a simple model: blocks run in waves over the processors, a block takes as long as its tile is large, smaller tiles are worse at reusing
-// what they load.
+namespace {
+
+// A simple model, in any unit: blocks run in waves over the processors, a block takes as long as its tile is large; `efficiency` says how well it uses tensor
+// cores, smaller tiles being worse at reusing what they load.
+double TileTime(const DeviceWeight& weight, int64_t m, int64_t tile_rows, int64_t tile_tokens, double efficiency) {
+  const int64_t processors = LimitsOfDevice().processors;
+  const int64_t blocks = ((weight.rows + tile_rows - 1) / tile_rows) * ((m + tile_tokens - 1) / tile_tokens);
+  return static_cast<double>((blocks + processors - 1) / processors * tile_rows * tile_tokens) / efficiency;
+}
+
+double GemmTime(const DeviceWeight& weight, int64_t m, GemmTile tile) {
+  const double efficiency = tile == GemmTile::k256x128 ? 1.0 : tile == GemmTile::k128x128 ? 0.85 : tile == GemmTile::k64x64 ? 0.6 : 0.5;
+  return TileTime(weight, m, TileOutputRows(tile), TileTokens(tile), efficiency);
+}
+
+}  // namespace
+
 GemmTile ChooseGemmTile(const DeviceWeight& weight, int64_t m) {
-  const DeviceLimits limits = LimitsOfDevice();
+  const size_t shared_bytes = LimitsOfDevice().shared_bytes;
   GemmTile best = GemmTile::k64x32;
-  double best_time = std::numeric_limits<double>::infinity();
   for (const GemmTile tile : kGemmTiles) {
-    if (GemmSharedBytes(tile, weight.type) > limits.shared_bytes) continue;
-    const double efficiency = tile == GemmTile::k256x128 ? 1.0 : tile == GemmTile::k128x128 ? 0.85 : tile == GemmTile::k64x64 ? 0.6 : 0.5;
-    const int64_t blocks = ((weight.rows + TileOutputRows(tile) - 1) / TileOutputRows(tile)) * ((m + TileTokens(tile) - 1) / TileTokens(tile));
-    const int64_t waves = (blocks + limits.processors - 1) / limits.processors;
-    const double time = static_cast<double>(waves * TileOutputRows(tile) * TileTokens(tile)) / efficiency;
-    if (time < best_time) {
-      best = tile;
-      best_time = time;
-    }
+    if (GemmSharedBytes(tile, weight.type) <= shared_bytes && GemmTime(weight, m, tile) < GemmTime(weight, m, best)) best = tile;
   }
   return best;
 }
 
-void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, __half* y, int64_t y_stride, Stream stream) {
-  Run(weight, x, m, x_stride, bias, y, true, y_stride, stream);
+bool ChooseWarpgroupTile(const DeviceWeight& weight, int64_t m, WarpgroupTile* chosen) {
+  constexpr int64_t kFewRows = 64;  // most of a tile would be empty
+  if (m <= kFewRows) return false;
+  double best_time = GemmTime(weight, m, ChooseGemmTile(weight, m));
+  bool found = false;
+  for (const WarpgroupTile tile : kWarpgroupTiles) {
+    if (!CanRunWarpgroups(tile, weight.type)) continue;
+    const double efficiency = tile == WarpgroupTile::k256 ? 1.95 : tile == WarpgroupTile::k192 ? 1.6 : 1.25;
+    const double time = TileTime(weight, m, TileOutputRows(tile), kWarpgroupTokens, efficiency);
+    if (time < best_time) {
+      best_time = time;
+      *chosen = tile;
+      found = true;
+    }
+  }
+  return found;
 }
 
-void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride, Stream stream) {
-  Run(weight, x, m, x_stride, bias, y, false, y_stride, stream);
+int64_t LinearScratchBytes(const DeviceWeight& weight, int64_t max_m) { return WarpgroupScratchBytes(weight, max_m); }
+
+void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, __half* y, int64_t y_stride, Stream stream,
+            void* scratch) {
+  Run(weight, x, m, x_stride, bias, y, true, y_stride, stream, scratch);
+}
+
+void Linear(const DeviceWeight& weight, const __half* x, int64_t m, int64_t x_stride, const float* bias, float* y, int64_t y_stride, Stream stream,
+            void* scratch) {
+  Run(weight, x, m, x_stride, bias, y, false, y_stride, stream, scratch);
 }
 
 }  // namespace tandem::cuda

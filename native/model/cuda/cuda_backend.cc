@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -173,8 +174,9 @@ class CudaBackend final : public Backend {
     Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, stream_.get()), "a copy");
   }
   void Multiply(const DeviceMatrix& matrix, const Rows& x, const float* bias, const Rows& y) {
-    cuda::Linear(matrix.weight, x.data, rows_, x.stride, bias, y.data, y.stride, stream_.get());
+    cuda::Linear(matrix.weight, x.data, rows_, x.stride, bias, y.data, y.stride, stream_.get(), product_scratch());
   }
+  void* product_scratch() const { return uses_warpgroups_ ? Device<char>(product_scratch_at_) : nullptr; }
   cudaGraphExec_t Record(const std::function<void()>& forward);
   bool AddRequest(const LogitsRow& row, const Want& want);
 
@@ -196,6 +198,9 @@ class CudaBackend final : public Backend {
   Rows hidden_, delta_, qkv_, context_, halves_, inner_, carry_, spare_;
   std::vector<std::pair<Rows*, int64_t>> row_places_;
   int64_t input_at_ = 0, kept_at_ = 0, copies_at_ = 0, cos_at_ = 0, sin_at_ = 0, attention_scratch_at_ = 0;
+  // Products of many rows through wgmma: not before that has been seen on a card (docs/performance.md).
+  const bool uses_warpgroups_ = std::getenv("TANDEM_CUDA_WGMMA") != nullptr;
+  int64_t product_scratch_at_ = 0;
   int64_t local_logits_at_ = 0, logits_at_ = 0, requests_at_ = 0, sampling_scratch_at_ = 0, results_at_ = 0;
   // On their way to the device or from it: what a step's rows are, what the kept ones are, copies of blocks, what is wanted of logits, what comes of it.
   PinnedBuffer staging_, kept_staging_, copies_staging_, requests_, results_;
@@ -272,6 +277,11 @@ int64_t CudaBackend::PlanWorkspace() {
   cos_at_ = arena.Add(shape_.max_sequence_length * shape_.head_dim() / 2 * 4);
   sin_at_ = arena.Add(shape_.max_sequence_length * shape_.head_dim() / 2 * 4);
   attention_scratch_at_ = arena.Add(AttentionScratchBytes(kSplitSlots, max_parts_, local_heads_, shape_.head_dim()));
+  if (uses_warpgroups_) {
+    DeviceWeight widest;
+    widest.cols = std::max({shape_.hidden_size, local_hidden_, local_inner_});
+    product_scratch_at_ = arena.Add(LinearScratchBytes(widest, max_rows_));
+  }
   local_logits_at_ = arena.Add(logits_rows_ * local_vocab_ * 4);
   logits_at_ = communicator_.world_size() == 1 ? local_logits_at_ : arena.Add(is_first_rank() ? logits_rows_ * shape_.vocab_size * 4 : 0);
   if (is_first_rank()) {

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/half.h"
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/cuda/linear_warpgroup.h"
 #include "test/cuda/device_test.h"
 
 namespace tandem::test {
@@ -149,6 +150,12 @@ std::vector<NamedProduct> Products(const TestWeight& w, int64_t m) {
   for (const GemmTile tile : cuda::kGemmTiles) {
     products.push_back({"gemm " + std::to_string(cuda::TileOutputRows(tile)) + "x" + std::to_string(cuda::TileTokens(tile)),
                         [=](const cuda::LinearCall& call) { cuda::LaunchGemm(call, tile); }});
+  }
+  for (const cuda::WarpgroupTile tile : cuda::kWarpgroupTiles) {
+    if (!cuda::CanRunWarpgroups(tile, w.packed.type)) continue;
+    const auto scratch = std::make_shared<DeviceArray<uint8_t>>(cuda::WarpgroupScratchBytes(w.packed, m));
+    products.push_back({"warpgroups " + std::to_string(cuda::TileOutputRows(tile)),
+                        [=](const cuda::LinearCall& call) { cuda::LaunchWarpgroups(call, tile, scratch->get()); }});
   }
   return products;
 }
@@ -303,8 +310,10 @@ TEST(cuda_linear_rows_have_the_same_bits_alone_and_among_many) {
     const int64_t rows = shape.rows, max_m = 130;
     const TestRows x(max_m, shape.cols, 21);
     const DeviceArray<float> bias(RandomFloats(rows, 22));
-    const auto linear = [](const cuda::LinearCall& call) {
-      cuda::Linear(call.weight, call.x, call.m, call.x_stride, call.output.bias, static_cast<float*>(call.output.y), call.output.stride, call.stream);
+    DeviceArray<uint8_t> scratch(cuda::LinearScratchBytes(w.packed, max_m));
+    const auto linear = [&](const cuda::LinearCall& call) {
+      cuda::Linear(call.weight, call.x, call.m, call.x_stride, call.output.bias, static_cast<float*>(call.output.y), call.output.stride, call.stream,
+                   scratch.get());
     };
     std::vector<float> single;
     for (int64_t i = 0; i < max_m; ++i) {
