@@ -152,7 +152,7 @@ Napi::Object BuildInfo(Napi::Env env) {
   Napi::Object build = Napi::Object::New(env);
   Napi::Array backends = Napi::Array::New(env);
   backends.Set(uint32_t{0}, "cpu");
-  if (CudaBuild() != nullptr) backends.Set(uint32_t{1}, "cuda");
+  if (HasCuda()) backends.Set(uint32_t{1}, "cuda");
   build.Set("backends", backends);
 #if defined(__clang__)
   build.Set("compiler", "clang " __clang_version__);

@@ -7,7 +7,7 @@ namespace tandem {
 
 enum class KvType { kF16, kF32, kI8 };
 
-// k and v: [num_blocks, num_heads, block_size, head_dim] of fp16 or fp32, 64-byte aligned. Owns nothing.
+// k and v: [num_blocks, num_heads, block_size, head_dim] of fp16 or fp32 (on the CPU), fp16 or INT8 (on GPUs), 64-byte aligned. Owns nothing.
 struct KvLayer {
   void* k = nullptr;
   void* v = nullptr;

@@ -72,7 +72,7 @@ double Seconds(int repeats, const std::function<void()>& body) {
   return seconds[5];
 }
 
-CudaKvLayer RandomLayer(CudaKvType type, int64_t num_blocks) {
+CudaKvLayer RandomLayer(KvType type, int64_t num_blocks) {
   CudaKvLayer kv;
   kv.type = type;
   kv.num_blocks = num_blocks;
@@ -81,13 +81,13 @@ CudaKvLayer RandomLayer(CudaKvType type, int64_t num_blocks) {
   kv.head_dim = kHeadDim;
   const int64_t rows = num_blocks * kNumHeads * kBlockSize;
   for (void** plane : {&kv.k, &kv.v}) {
-    if (type == CudaKvType::kF16) {
+    if (type == KvType::kF16) {
       *plane = Filled<__half>(rows * kHeadDim, Filling::kHalves);
     } else {
       *plane = Filled<int8_t>(rows * kHeadDim, Filling::kBytes);
     }
   }
-  if (type == CudaKvType::kI8) {
+  if (type == KvType::kI8) {
     for (__half** scales : {&kv.k_scales, &kv.v_scales}) *scales = Filled<__half>(rows, Filling::kScales);
   }
   return kv;
@@ -152,7 +152,7 @@ struct Rows {
   __half* q = nullptr;
 };
 
-bool SameBitsBothWays(CudaKvType type) {
+bool SameBitsBothWays(KvType type) {
   const int64_t num_blocks = 80;
   std::vector<uint32_t> visible(300, 700);
   for (uint32_t i = 0; i < 200; ++i) visible.push_back(1 + i * 5);
@@ -180,7 +180,7 @@ void MeasureCopy() {
   Check(cudaFree(to), "free");
 }
 
-void MeasureDecode(CudaKvType type, int64_t batch_size, uint32_t context) {
+void MeasureDecode(KvType type, int64_t batch_size, uint32_t context) {
   // At the least so many sequences in turn that K and V do not stay in the L2 cache from one call to the next.
   const int64_t sequences = std::max<int64_t>(batch_size, 8), num_blocks = sequences * context / kBlockSize;
   const CudaKvLayer kv = RandomLayer(type, num_blocks);
@@ -192,19 +192,19 @@ void MeasureDecode(CudaKvType type, int64_t batch_size, uint32_t context) {
   }
   size_t turn = 0;
   const double seconds = Seconds(static_cast<int>(std::max<int64_t>(2, 64 / batch_size)), [&] { turns[turn++ % turns.size()]->Split(); });
-  const double bytes = 2.0 * static_cast<double>(batch_size * context * kNumHeads) * (type == CudaKvType::kF16 ? kHeadDim * 2 : kHeadDim + 2);
-  std::printf("decode %s, batch %2d, context %u: %7.1f us, %.0f GB/s of K and V\n", type == CudaKvType::kF16 ? "fp16" : "int8", static_cast<int>(batch_size),
+  const double bytes = 2.0 * static_cast<double>(batch_size * context * kNumHeads) * (type == KvType::kF16 ? kHeadDim * 2 : kHeadDim + 2);
+  std::printf("decode %s, batch %2d, context %u: %7.1f us, %.0f GB/s of K and V\n", type == KvType::kF16 ? "fp16" : "int8", static_cast<int>(batch_size),
               context, seconds * 1e6, bytes / seconds * 1e-9);
   Free(kv);
 }
 
-void MeasurePrefill(CudaKvType type, uint32_t length) {
+void MeasurePrefill(KvType type, uint32_t length) {
   const int64_t num_blocks = length / kBlockSize;
   Rows rows({std::vector<uint32_t>(length, length)}, num_blocks);
   rows.batch.kv = RandomLayer(type, num_blocks);
   const double seconds = Seconds(4, [&] { rows.Whole(); });
   const double operations = 4.0 * length * length * static_cast<double>(kWidth);
-  std::printf("prefill %s, %4u tokens: %8.1f us, %.0f TFLOP/s\n", type == CudaKvType::kF16 ? "fp16" : "int8", length, seconds * 1e6,
+  std::printf("prefill %s, %4u tokens: %8.1f us, %.0f TFLOP/s\n", type == KvType::kF16 ? "fp16" : "int8", length, seconds * 1e6,
               operations / seconds * 1e-12);
   Free(rows.batch.kv);
 }
@@ -213,12 +213,12 @@ int Main() {
   cudaDeviceProp device;
   Check(cudaGetDeviceProperties(&device, 0), "device");
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
-  for (const CudaKvType type : {CudaKvType::kF16, CudaKvType::kI8}) {
+  for (const KvType type : {KvType::kF16, KvType::kI8}) {
     if (!SameBitsBothWays(type)) return std::printf("the two ways differ\n"), 1;
   }
   std::printf("decode and prefill: the same bits\n");
   MeasureCopy();
-  for (const CudaKvType type : {CudaKvType::kF16, CudaKvType::kI8}) {
+  for (const KvType type : {KvType::kF16, KvType::kI8}) {
     for (const int64_t batch_size : {1, 8, 32, 64}) MeasureDecode(type, batch_size, 2048);
     MeasureDecode(type, 1, 256);
     for (const uint32_t length : {512u, 1024u, 2048u}) MeasurePrefill(type, length);

@@ -104,9 +104,9 @@ void MeasureActivations(int64_t m, Stream stream) {
   Memory<KvSlot> slots(places);
   const int64_t blocks = (m + kBlockSize - 1) / kBlockSize, tokens = blocks * kBlockSize * kHeads;
   Memory<__half> k(tokens * kHeadDim), v(tokens * kHeadDim), k_scales(tokens), v_scales(tokens);
-  for (const CudaKvType type : {CudaKvType::kF16, CudaKvType::kI8}) {
-    const bool is_int8 = type == CudaKvType::kI8;
-    const CudaKvLayer kv = {k.get(), v.get(), k_scales.get(), v_scales.get(), type, blocks, kHeads, kBlockSize, kHeadDim};
+  for (const KvType type : {KvType::kF16, KvType::kI8}) {
+    const bool is_int8 = type == KvType::kI8;
+    const CudaKvLayer kv = {{k.get(), v.get(), type, blocks, kHeads, kBlockSize, kHeadDim}, k_scales.get(), v_scales.get()};
     const int64_t bytes = m * kHidden * (6 + 2 + (is_int8 ? 2 : 4)) + (is_int8 ? m * kHeads * 4 : 0) + m * kHeadDim * 4;
     Report(is_int8 ? "rotary and write of int8 K, V" : "rotary and write of fp16 K, V", m, Microseconds(stream, [&] {
              RotaryAndWriteKv(wide.get(), m, 3 * kHidden, slots.get(), cos.get(), sin.get(), kv, out.get(), kHidden, stream);

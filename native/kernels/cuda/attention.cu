@@ -18,10 +18,10 @@ constexpr int kWarpRows = 16;
 constexpr int kPart = static_cast<int>(kAttentionPart);
 
 // What a kernel is compiled for: head sizes up to kDimension, whose further columns are zeros in shared memory.
-template <int kDimension, CudaKvType kType, bool kSplitOverParts>
+template <int kDimension, KvType kType, bool kSplitOverParts>
 struct Config {
   static constexpr int kDim = kDimension;
-  static constexpr bool kInt8 = kType == CudaKvType::kI8;
+  static constexpr bool kInt8 = kType == KvType::kI8;
   static constexpr bool kSplit = kSplitOverParts;
   static constexpr bool kQueryInRegisters = kDim <= 128;
   static constexpr int kChunks = kDim / 8;               // of 16 bytes, in a row of a tile
@@ -536,10 +536,10 @@ Parameters ParametersOf(const CudaAttentionBatch& batch, const CudaAttentionTile
 }
 
 template <int kDim, bool kSplit>
-void LaunchAttend(CudaKvType type, dim3 grid, const Parameters& p, Stream stream) {
-  using F16 = Config<kDim, CudaKvType::kF16, kSplit>;
-  using I8 = Config<kDim, CudaKvType::kI8, kSplit>;
-  if (type == CudaKvType::kF16) {
+void LaunchAttend(KvType type, dim3 grid, const Parameters& p, Stream stream) {
+  using F16 = Config<kDim, KvType::kF16, kSplit>;
+  using I8 = Config<kDim, KvType::kI8, kSplit>;
+  if (type == KvType::kF16) {
     Launch("attention", AttendKernel<F16>, grid, dim3(F16::kThreads), F16::kSharedBytes, stream, p);
   } else {
     Launch("attention", AttendKernel<I8>, grid, dim3(I8::kThreads), I8::kSharedBytes, stream, p);

@@ -4,24 +4,16 @@
 #include <cstdint>
 
 #include "kernels/cuda/device.h"
+#include "kernels/kv_layout.h"
 
 namespace tandem::cuda {
 
-enum class CudaKvType { kF16, kI8 };
-
-// k and v: [num_blocks, num_heads, block_size, head_dim], fp16 or int8, 16-byte aligned; head_dim is a multiple of 8. Owns nothing.
+// Of fp16 or INT8; 16-byte aligned, head_dim is a multiple of 8. Owns nothing.
 // INT8: x is q * scale with one fp16 scale per token and head, k_scales and v_scales [num_blocks, num_heads, block_size]; null for fp16.
 // A writer takes scale = fp16(max |x| / 127) over the head_dim values (kLeastKvScale at the least) and q = round(x / scale), at most 127.
-struct CudaKvLayer {
-  void* k = nullptr;
-  void* v = nullptr;
+struct CudaKvLayer : KvLayer {
   __half* k_scales = nullptr;
   __half* v_scales = nullptr;
-  CudaKvType type = CudaKvType::kF16;
-  int64_t num_blocks = 0;
-  int64_t num_heads = 0;  // this rank's
-  int64_t block_size = 0;
-  int64_t head_dim = 0;
 };
 
 // The least normal half: all-zero values still have a scale to divide by.

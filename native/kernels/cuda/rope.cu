@@ -48,7 +48,7 @@ __device__ __forceinline__ __half ScaleOf(float largest) {
 }
 
 // What is read is not what is written, so that all of a head can be on its way before the first store.
-template <CudaKvType kType>
+template <KvType kType>
 __global__ void __launch_bounds__(kWarps * kWarpSize)
     RotaryKernel(const __half* __restrict__ qkv, int64_t m, int64_t qkv_stride, const KvSlot* __restrict__ slots, const float* __restrict__ cos,
                  const float* __restrict__ sin, CudaKvLayer kv, __half* __restrict__ q_out, int64_t q_stride) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps * kWarpSize)
   for (int j = first; j < half; j += kStep) {
     const Quad new_q = rotated(q, j), new_k = rotated(k, j), new_v = LoadQuad(v, half, j);
     StoreQuad(new_q, half, j, q_to);
-    if (kType == CudaKvType::kI8) {
+    if (kType == KvType::kI8) {
       largest_k = Largest(largest_k, new_k);
       largest_v = Largest(largest_v, new_v);
     } else if (has_place) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kWarps * kWarpSize)
       StoreQuad(new_v, half, j, static_cast<__half*>(kv.v) + place);
     }
   }
-  if (kType == CudaKvType::kF16 || !has_place) return;
+  if (kType == KvType::kF16 || !has_place) return;
 
   // Once more, now that the scales are known; the row is in the L1 cache.
   const __half k_scale = ScaleOf(largest_k), v_scale = ScaleOf(largest_v);
@@ -114,7 +114,7 @@ void RotaryAndWriteKv(const __half* qkv, int64_t m, int64_t qkv_stride, const Kv
   }
   const int64_t units = m * kv.num_heads;
   if (units == 0) return;
-  const auto kernel = kv.type == CudaKvType::kF16 ? RotaryKernel<CudaKvType::kF16> : RotaryKernel<CudaKvType::kI8>;
+  const auto kernel = kv.type == KvType::kF16 ? RotaryKernel<KvType::kF16> : RotaryKernel<KvType::kI8>;
   Launch("rotary", kernel, dim3(static_cast<unsigned>((units + kWarps - 1) / kWarps)), dim3(kWarps * kWarpSize), 0, stream, qkv, m, qkv_stride, slots, cos, sin,
          kv, q_out, q_stride);
 }

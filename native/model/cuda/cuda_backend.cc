@@ -185,7 +185,7 @@ class CudaBackend final : public Backend {
   Communicator& communicator_;
   const int64_t local_hidden_, local_inner_, local_vocab_, local_heads_;
   const int64_t max_rows_, logits_rows_;
-  const CudaKvType kv_type_;
+  const KvType kv_type_;
   const int64_t kv_blocks_, kv_block_size_;
   const int64_t blocks_per_sequence_, max_parts_;
   const int64_t kv_plane_bytes_, kv_scale_plane_bytes_;  // of K or V of one layer
@@ -210,7 +210,6 @@ class CudaBackend final : public Backend {
   SamplingBatch sampling_;
   std::map<int64_t, Graph> graphs_;  // by rows
 
-  const Batch* batch_ = nullptr;
   int64_t rows_ = 0;
   InputLayout input_;
   std::vector<CudaAttentionRow> attention_rows_;
@@ -228,13 +227,13 @@ CudaBackend::CudaBackend(const EngineOptions& options, Communicator& communicato
       local_heads_(shape_.num_attention_heads / communicator.world_size()),
       max_rows_(options.max_batch_tokens),
       logits_rows_(std::min(kMaxLogitsRows, options.max_batch_tokens)),
-      kv_type_(options.kv_type == KvType::kI8 ? CudaKvType::kI8 : CudaKvType::kF16),
+      kv_type_(options.kv_type),
       kv_blocks_(options.kv_blocks),
       kv_block_size_(options.kv_block_size),
       blocks_per_sequence_((shape_.max_sequence_length + kv_block_size_ - 1) / kv_block_size_),
       max_parts_((shape_.max_sequence_length + kAttentionPart - 1) / kAttentionPart),
-      kv_plane_bytes_(Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * shape_.head_dim() * (kv_type_ == CudaKvType::kI8 ? 1 : 2))),
-      kv_scale_plane_bytes_(kv_type_ == CudaKvType::kI8 ? Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * 2) : 0),
+      kv_plane_bytes_(Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * shape_.head_dim() * (kv_type_ == KvType::kI8 ? 1 : 2))),
+      kv_scale_plane_bytes_(kv_type_ == KvType::kI8 ? Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * 2) : 0),
       sampling_(shape_.vocab_size),
       input_(max_rows_) {
   const int64_t workspace_bytes = PlanWorkspace();
@@ -288,16 +287,16 @@ int64_t CudaBackend::PlanWorkspace() {
     requests_at_ = arena.Add(kSamplingRequestBytes);
     sampling_scratch_at_ = arena.Add(SamplingScratchBytes(logits_rows_, shape_.vocab_size));
     results_at_ = arena.Add(kSamplingResultBytes);
-    requests_ = PinnedBuffer(kSamplingRequestBytes);
-    results_ = PinnedBuffer(kSamplingResultBytes);
+    requests_ = PinnedBuffer(kSamplingRequestBytes, "copies");
+    results_ = PinnedBuffer(kSamplingResultBytes, "copies");
     host_logits_.resize(static_cast<size_t>(shape_.vocab_size));
   }
-  staging_ = PinnedBuffer(InputBytes());
-  kept_staging_ = PinnedBuffer(InputLayout(max_rows_).tables);
-  copies_staging_ = PinnedBuffer(kMostCopies * static_cast<int64_t>(sizeof(uint2)));
+  staging_ = PinnedBuffer(InputBytes(), "copies");
+  kept_staging_ = PinnedBuffer(InputLayout(max_rows_).tables, "copies");
+  copies_staging_ = PinnedBuffer(kMostCopies * static_cast<int64_t>(sizeof(uint2)), "copies");
   if (communicator_.world_size() > 1) {
     const int64_t values = std::max(max_rows_ * hidden_.stride, logits_rows_ * shape_.vocab_size);
-    exchange_ = PinnedBuffer(values * 4);
+    exchange_ = PinnedBuffer(values * 4, "copies");
     exchanged_.resize(static_cast<size_t>(values));
   }
   return arena.bytes();
@@ -320,7 +319,7 @@ CudaKvLayer CudaBackend::KvOf(int64_t layer) const {
   kv.k = values;
   kv.v = values + kv_plane_bytes_;
   kv.type = kv_type_;
-  if (kv_type_ == CudaKvType::kI8) {
+  if (kv_type_ == KvType::kI8) {
     kv.k_scales = reinterpret_cast<__half*>(scales);
     kv.v_scales = reinterpret_cast<__half*>(scales + kv_scale_plane_bytes_);
   }
@@ -333,7 +332,7 @@ CudaKvLayer CudaBackend::KvOf(int64_t layer) const {
 
 void CudaBackend::CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) {
   const int64_t planes = 2 * shape_.num_layers, count = static_cast<int64_t>(from_to_pairs.size() / 2);
-  const int64_t block_values = local_heads_ * kv_block_size_ * shape_.head_dim(), block_bytes = block_values * (kv_type_ == CudaKvType::kI8 ? 1 : 2);
+  const int64_t block_values = local_heads_ * kv_block_size_ * shape_.head_dim(), block_bytes = block_values * (kv_type_ == KvType::kI8 ? 1 : 2);
   char* scales = kv_memory_.as<char>() + planes * kv_plane_bytes_;
   for (int64_t first = 0; first < count; first += kMostCopies) {
     const int64_t n = std::min(kMostCopies, count - first);
@@ -348,10 +347,10 @@ void CudaBackend::CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) {
 }
 
 void CudaBackend::Begin(const Batch& batch) {
-  batch_ = &batch;
   rows_ = static_cast<int64_t>(batch.tokens.size());
   collective_nanos_ = 0;
-  input_ = InputLayout(rows_ <= kMostGraphRows ? kMostGraphRows : max_rows_);
+  // Recorded steps know where what they read lies: in one layout for all of them.
+  input_ = InputLayout(rows_ <= kMostGraphRows ? std::min(kMostGraphRows, max_rows_) : max_rows_);
   char* staging = staging_.as<char>();
   std::memcpy(staging + input_.tokens, batch.tokens.data(), batch.tokens.size() * 4);
   std::memcpy(staging + input_.slots, batch.slots.data(), batch.slots.size() * sizeof(KvSlot));
@@ -483,10 +482,8 @@ void CudaBackend::KeepRows(const std::vector<int64_t>& rows) {
   Copy(Device<char>(kept_at_), staging, layout.tables);
   const uint32_t* from = Device<uint32_t>(kept_at_ + layout.tokens);
   for (const Rows& kept_rows : {hidden_, context_}) {  // back to where they were: recorded steps know these places
-    Rows spare = spare_;
-    spare.stride = kept_rows.stride;
-    GatherRows(kept_rows.data, from, count, kept_rows.columns, kept_rows.stride, spare.data, stream_.get());
-    Copy(kept_rows.data, spare.data, kept_rows.Bytes(count));
+    GatherRows(kept_rows.data, from, count, kept_rows.columns, kept_rows.stride, spare_.data, stream_.get());
+    Copy(kept_rows.data, spare_.data, kept_rows.Bytes(count));
   }
   rows_ = count;
 }
@@ -601,13 +598,7 @@ bool CudaBackend::AddRequest(const LogitsRow& row, const Want& want) {
 
 }  // namespace cuda
 
-const char* CudaBuild() {
-#ifdef TANDEM_CUDA_ON_CPU
-  return "emulated";
-#else
-  return "CUDA";
-#endif
-}
+bool HasCuda() { return true; }
 
 GpuDescription DescribeGpu(int gpu) {
   const cudaDeviceProp properties = cuda::FindGpu(gpu);

@@ -13,8 +13,8 @@
 
 namespace tandem {
 
-// What this build's CUDA backend was made with, as in "CUDA 13.0"; null: it has none.
-const char* CudaBuild();
+// Whether this build has a CUDA backend.
+bool HasCuda();
 
 struct GpuDescription {
   std::string name;

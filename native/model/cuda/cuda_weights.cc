@@ -74,7 +74,7 @@ class Loader {
     void MakeRoom(int64_t bytes) {
       done.Wait();
       if (bytes <= pinned.bytes()) return;
-      pinned = PinnedBuffer(bytes);
+      pinned = PinnedBuffer(bytes, "copying weights");
       staged = DeviceBuffer(bytes, "copying weights");
     }
   };
@@ -122,7 +122,7 @@ int64_t DeviceWeightsBytes(const WeightReader& reader, const ModelShape& shape, 
   for (int64_t i = 0; i < shape.num_layers; ++i) {
     const LayerSource layer = reader.Layer(i);
     for (const MatrixSource* matrix : {&layer.query_key_value, &layer.dense, &layer.dense_h_to_4h, &layer.dense_4h_to_h}) bytes += Padded(MatrixBytes(*matrix));
-    bytes += 16 * Padded(shape.hidden_size * 4) + 2 * Padded(shape.inner_hidden_size * 4);
+    bytes += (9 * shape.hidden_size + 2 * shape.inner_hidden_size) * 4 + 8 * Padded(1);  // norms and biases, each at a boundary
   }
   return bytes;
 }

@@ -53,26 +53,25 @@ std::string GiB(int64_t bytes) {
   return text;
 }
 
-DeviceBuffer::DeviceBuffer(int64_t bytes, const char* purpose) {
-  if (bytes <= 0) return;
-  const cudaError_t status = cudaMalloc(&data_, static_cast<size_t>(bytes));
+void* DeviceSpace::Allocate(int64_t bytes, const char* purpose) {
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, static_cast<size_t>(bytes));
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it is told, and not to be found by the next check
-    throw Error(ErrorCode::kOutOfMemory, "no " + GiB(bytes) + " of GPU memory for " + purpose + ": " + GiB(MemoryOfGpu().free) + " of " +
-                                             GiB(MemoryOfGpu().total) + " are free");
+    const GpuMemory memory = MemoryOfGpu();
+    throw Error(ErrorCode::kOutOfMemory,
+                "no " + GiB(bytes) + " of GPU memory for " + purpose + ": " + GiB(memory.free) + " of " + GiB(memory.total) + " are free");
   }
   Check(status, purpose);
-  bytes_ = bytes;
-  Check(cudaMemset(data_, 0, static_cast<size_t>(bytes)), purpose);
+  Check(cudaMemset(data, 0, static_cast<size_t>(bytes)), purpose);
+  return data;
 }
 
-DeviceBuffer::~DeviceBuffer() { cudaFree(data_); }
-
-PinnedBuffer::PinnedBuffer(int64_t bytes) : bytes_(bytes) {
-  if (bytes > 0) Check(cudaMallocHost(&data_, static_cast<size_t>(bytes)), "host memory for copies");
+void* PinnedSpace::Allocate(int64_t bytes, const char* purpose) {
+  void* data = nullptr;
+  Check(cudaMallocHost(&data, static_cast<size_t>(bytes)), purpose);
+  return data;
 }
-
-PinnedBuffer::~PinnedBuffer() { cudaFreeHost(data_); }
 
 OwnedStream::OwnedStream() { Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream"); }
 

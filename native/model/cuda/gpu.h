@@ -1,6 +1,7 @@
 // One GPU, its memory and its stream.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -24,15 +25,16 @@ GpuMemory MemoryOfGpu();
 // "12.3 GiB"
 std::string GiB(int64_t bytes);
 
-// Device memory, zeroed. Moves, does not copy.
-class DeviceBuffer {
+// Memory that a Space gives and takes back. Moves, does not copy.
+template <typename Space>
+class OwnedMemory {
  public:
-  DeviceBuffer() = default;
+  OwnedMemory() = default;
   // Throws kOutOfMemory, which says what the memory was for.
-  DeviceBuffer(int64_t bytes, const char* purpose);
-  ~DeviceBuffer();
-  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
-  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+  OwnedMemory(int64_t bytes, const char* purpose) : data_(bytes > 0 ? Space::Allocate(bytes, purpose) : nullptr), bytes_(std::max<int64_t>(bytes, 0)) {}
+  ~OwnedMemory() { Space::Free(data_); }
+  OwnedMemory(OwnedMemory&& other) noexcept { *this = std::move(other); }
+  OwnedMemory& operator=(OwnedMemory&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
@@ -50,30 +52,19 @@ class DeviceBuffer {
   int64_t bytes_ = 0;
 };
 
-// Host memory that the GPU copies from and to without a detour.
-class PinnedBuffer {
- public:
-  PinnedBuffer() = default;
-  explicit PinnedBuffer(int64_t bytes);
-  ~PinnedBuffer();
-  PinnedBuffer(PinnedBuffer&& other) noexcept { *this = std::move(other); }
-  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-
-  void* data() const { return data_; }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  void* data_ = nullptr;
-  int64_t bytes_ = 0;
+// The GPU's own, zeroed.
+struct DeviceSpace {
+  static void* Allocate(int64_t bytes, const char* purpose);
+  static void Free(void* data) { cudaFree(data); }
 };
+using DeviceBuffer = OwnedMemory<DeviceSpace>;
+
+// The host's, which the GPU copies from and to without a detour.
+struct PinnedSpace {
+  static void* Allocate(int64_t bytes, const char* purpose);
+  static void Free(void* data) { cudaFreeHost(data); }
+};
+using PinnedBuffer = OwnedMemory<PinnedSpace>;
 
 class OwnedStream {
  public:

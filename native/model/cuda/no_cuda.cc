@@ -12,7 +12,7 @@ namespace {
 
 }  // namespace
 
-const char* CudaBuild() { return nullptr; }
+bool HasCuda() { return false; }
 
 GpuDescription DescribeGpu(int) { Refuse(); }
 

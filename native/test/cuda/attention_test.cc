@@ -18,12 +18,11 @@ using cuda::CudaAttentionBatch;
 using cuda::CudaAttentionRow;
 using cuda::CudaAttentionTile;
 using cuda::CudaKvLayer;
-using cuda::CudaKvType;
 
 // A KV cache full of random numbers, on the device and, as the very numbers that the kernels see, on the host. What no one wrote is NaN.
 class RandomCache {
  public:
-  RandomCache(CudaKvType type, int64_t num_blocks, int64_t num_heads, int64_t block_size, int64_t head_dim, uint32_t seed) {
+  RandomCache(KvType type, int64_t num_blocks, int64_t num_heads, int64_t block_size, int64_t head_dim, uint32_t seed) {
     const int64_t rows = num_blocks * num_heads * block_size;
     layer_.type = type;
     layer_.num_blocks = num_blocks;
@@ -32,7 +31,7 @@ class RandomCache {
     layer_.head_dim = head_dim;
     layer_.k = Fill(rows, seed, &k_, &k_half_, &k_int8_, &k_scales_);
     layer_.v = Fill(rows, seed + 1, &v_, &v_half_, &v_int8_, &v_scales_);
-    if (type == CudaKvType::kI8) {
+    if (type == KvType::kI8) {
       layer_.k_scales = k_scales_->get();
       layer_.v_scales = v_scales_->get();
     }
@@ -44,7 +43,7 @@ class RandomCache {
   void Forget(uint32_t block, int64_t offset) {
     for (int64_t head = 0; head < layer_.num_heads; ++head) {
       const int64_t row = (block * layer_.num_heads + head) * layer_.block_size + offset, count = layer_.block_size - offset;
-      if (layer_.type == CudaKvType::kI8) {
+      if (layer_.type == KvType::kI8) {
         for (__half* scales : {layer_.k_scales, layer_.v_scales}) cuda::Check(cudaMemset(scales + row, 0xff, static_cast<size_t>(count) * 2), "forget");
       } else {
         for (void* values : {layer_.k, layer_.v}) {
@@ -69,7 +68,7 @@ class RandomCache {
              std::unique_ptr<DeviceArray<__half>>* scales) {
     const int64_t head_dim = layer_.head_dim;
     *host = RoundToHalf(RandomFloats(rows * head_dim, seed));
-    if (layer_.type == CudaKvType::kF16) {
+    if (layer_.type == KvType::kF16) {
       *halves = std::make_unique<DeviceArray<__half>>(ToHalf(*host));
       return (*halves)->get();
     }
@@ -197,12 +196,12 @@ void CheckNearReference(const std::string& what, const std::vector<float>& out, 
   }
 }
 
-const char* NameOf(CudaKvType type) { return type == CudaKvType::kF16 ? "fp16" : "int8"; }
+const char* NameOf(KvType type) { return type == KvType::kF16 ? "fp16" : "int8"; }
 
 }  // namespace
 
 TEST(cuda_attention_equals_ref_for_every_head_size) {
-  for (const CudaKvType type : {CudaKvType::kF16, CudaKvType::kI8}) {
+  for (const KvType type : {KvType::kF16, KvType::kI8}) {
     for (const int64_t head_dim : {8, 16, 24, 32, 40, 64, 72, 96, 128, 136, 192, 256}) {
       RandomCache cache(type, 30, 2, 16, head_dim, static_cast<uint32_t>(head_dim));
       const std::vector<uint32_t> shuffled = Shuffled(30, 3);
@@ -225,7 +224,7 @@ TEST(cuda_attention_equals_ref_for_every_head_size) {
 
 // Decode, a few rows at a time and long runs, in place and not, all with one row's bits.
 TEST(cuda_attention_rows_have_the_same_bits_in_every_batch) {
-  for (const CudaKvType type : {CudaKvType::kF16, CudaKvType::kI8}) {
+  for (const KvType type : {KvType::kF16, KvType::kI8}) {
     for (const int64_t head_dim : {32, 128}) {
       for (const int64_t block_size : head_dim == 32 ? std::vector<int64_t>{8, 16, 64} : std::vector<int64_t>{16}) {
         const int64_t num_heads = head_dim == 32 ? 3 : 1, width = num_heads * head_dim, num_blocks = 2400 / block_size;
@@ -273,7 +272,7 @@ TEST(cuda_attention_rows_have_the_same_bits_in_every_batch) {
 
 // One token takes it all, and the maximum rises by more than an exponential can show. fp16 outputs of values around 1; scores of 10^3 carry 10^-3.
 TEST(cuda_attention_survives_scores_of_any_size) {
-  RandomCache cache(CudaKvType::kF16, 40, 2, 16, 64, 8);
+  RandomCache cache(KvType::kF16, 40, 2, 16, 64, 8);
   const std::vector<uint32_t> shuffled = Shuffled(40, 1);
   uint32_t next_block = 0;
   Problem problem;
@@ -292,7 +291,7 @@ TEST(cuda_attention_survives_scores_of_any_size) {
 // The grid of a captured launch holds for longer rows, other rows and fewer of them: all that changes is read from device memory.
 TEST(cuda_attention_in_a_graph_follows_its_sequences) {
   const int64_t head_dim = 32, m = 3, max_parts = 3, q_stride = 64;
-  RandomCache cache(CudaKvType::kF16, 50, 1, 16, head_dim, 8);
+  RandomCache cache(KvType::kF16, 50, 1, 16, head_dim, 8);
   const std::vector<uint32_t> tables = Shuffled(50, 1);
   const std::vector<float> q = RoundToHalf(RandomFloats(m * head_dim, 4));
   std::vector<float> q_rows(m * q_stride, 0.0f);

@@ -11,15 +11,15 @@ namespace {
 
 // A device cache of one layer, poisoned.
 struct Cache {
-  Cache(cuda::CudaKvType type, int64_t num_blocks, int64_t num_heads, int64_t block_size, int64_t head_dim)
+  Cache(KvType type, int64_t num_blocks, int64_t num_heads, int64_t block_size, int64_t head_dim)
       : tokens(num_blocks * num_heads * block_size),
-        bytes(tokens * head_dim * (type == cuda::CudaKvType::kF16 ? 2 : 1)),
+        bytes(tokens * head_dim * (type == KvType::kF16 ? 2 : 1)),
         k(bytes),
         v(bytes),
         k_scales(tokens),
         v_scales(tokens) {
-    const bool is_int8 = type == cuda::CudaKvType::kI8;
-    layer = {k.get(), v.get(), is_int8 ? k_scales.get() : nullptr, is_int8 ? v_scales.get() : nullptr, type, num_blocks, num_heads, block_size, head_dim};
+    const bool is_int8 = type == KvType::kI8;
+    layer = {{k.get(), v.get(), type, num_blocks, num_heads, block_size, head_dim}, is_int8 ? k_scales.get() : nullptr, is_int8 ? v_scales.get() : nullptr};
   }
   int64_t tokens, bytes;
   DeviceArray<unsigned char> k, v;
@@ -37,7 +37,7 @@ float HalfAt(const std::vector<unsigned char>& memory, int64_t i) {
 
 TEST(cuda_rotary_rotates_and_writes_keys_and_values) {
   ForEachThreadOrder([] {
-    for (const cuda::CudaKvType type : {cuda::CudaKvType::kF16, cuda::CudaKvType::kI8}) {
+    for (const KvType type : {KvType::kF16, KvType::kI8}) {
       for (const int64_t head_dim : {8, 16, 24, 32, 40, 64, 72, 128, 136, 256}) {
         const int64_t m = 6, num_heads = 3, num_blocks = 4, block_size = 3, half = head_dim / 2;
         const RotaryTable table = MakeRotaryTable(50, head_dim, 10000.0, RotaryPrecision::kF32);
@@ -79,13 +79,13 @@ TEST(cuda_rotary_rotates_and_writes_keys_and_values) {
             const int64_t token = (slot.block * num_heads + head) * block_size + slot.offset;
             written[static_cast<size_t>(token)] = true;
             const float k_scale = __half2float(k_scales[static_cast<size_t>(token)]), v_scale = __half2float(v_scales[static_cast<size_t>(token)]);
-            if (type == cuda::CudaKvType::kI8) {
+            if (type == KvType::kI8) {
               CHECK_NEAR("k scale", k_scale, std::max(largest_k / 127, static_cast<double>(cuda::kLeastKvScale)), largest_k / 127 * 0x1.01p-11);
               CHECK_EQ(v_scale, __half2float(__float2half(std::max(static_cast<float>(largest_v) / 127.0f, cuda::kLeastKvScale))));
             }
             for (int64_t j = 0; j < head_dim; ++j) {
               const double key = rotated(in + head_dim, j), value = in[2 * head_dim + j];
-              if (type == cuda::CudaKvType::kF16) {
+              if (type == KvType::kF16) {
                 CHECK_NEAR("k", HalfAt(k, token * head_dim + j), key, rounding(in + head_dim, j) + half_rounding(key));
                 CHECK_EQ(HalfAt(v, token * head_dim + j), static_cast<float>(value));
               } else {
@@ -100,7 +100,7 @@ TEST(cuda_rotary_rotates_and_writes_keys_and_values) {
         }
         const int64_t token_bytes = cache.bytes / cache.tokens;
         for (int64_t token = 0; token < cache.tokens; ++token) {
-          if (!written[static_cast<size_t>(token)] || type == cuda::CudaKvType::kF16) {
+          if (!written[static_cast<size_t>(token)] || type == KvType::kF16) {
             CHECK_EQ(__half_as_ushort(k_scales[static_cast<size_t>(token)]), 0xffff);
             CHECK_EQ(__half_as_ushort(v_scales[static_cast<size_t>(token)]), 0xffff);
           }
@@ -117,7 +117,7 @@ TEST(cuda_rotary_rotates_and_writes_keys_and_values) {
 
 TEST(cuda_rotary_rows_have_the_same_bits_in_every_batch) {
   ForEachThreadOrder([] {
-    for (const cuda::CudaKvType type : {cuda::CudaKvType::kF16, cuda::CudaKvType::kI8}) {
+    for (const KvType type : {KvType::kF16, KvType::kI8}) {
       const int64_t m = 7, num_heads = 5, head_dim = 40, stride = 640, q_stride = 256;
       const RotaryTable table = MakeRotaryTable(16, head_dim, 10000.0, RotaryPrecision::kF32);
       const DeviceArray<float> cos(table.cos), sin(table.sin);
@@ -141,7 +141,7 @@ TEST(cuda_rotary_rows_have_the_same_bits_in_every_batch) {
 }
 
 TEST(cuda_rotary_refuses_odd_head_sizes) {
-  Cache cache(cuda::CudaKvType::kF16, 1, 1, 1, 12);
+  Cache cache(KvType::kF16, 1, 1, 1, 12);
   CHECK_THROWS(cuda::RotaryAndWriteKv(nullptr, 1, 64, nullptr, nullptr, nullptr, cache.layer, nullptr, 64, nullptr), ErrorCode::kInvalidArgument);
 }
 
