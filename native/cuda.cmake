@@ -41,8 +41,7 @@ if(TANDEM_NVCC)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
   add_library(tandem_cuda STATIC ${CUDA_KERNEL_SOURCES} ${CUDA_HOST_SOURCES})
-  # Host code beside kernels is compiled as the rest is, without contraction, as both sides of a comparison of bits may be.
-  target_compile_options(tandem_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2 -Xptxas=-warn-spills -Xcompiler=-fvisibility=hidden>)
+  target_compile_options(tandem_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2 -Xptxas=-warn-spills>)
   if(DEFINED ENV{CI})
     target_compile_options(tandem_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
   endif()

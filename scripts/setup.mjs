@@ -21,7 +21,9 @@ if (!['c++', 'g++', 'clang++', process.env.CXX].some((compiler) => compiler && h
 
 step('packages', 'node_modules/.tandem-setup', ['package-lock.json'], () => npm('ci', '--no-audit', '--no-fund'));
 step('types of the gRPC messages', 'proto/generated/.tandem-setup', ['proto', 'package-lock.json'], () => npm('run', 'build:proto'));
-step('native addon', 'native/build/.tandem-setup', ['native'], () => npm('run', 'build:native'));
+// What native/cuda.cmake looks at.
+const cuda = [process.env.TANDEM_CUDA_ARCHITECTURES, process.env.CI, has('nvcc'), has('nvidia-smi')].join();
+step('native addon', 'native/build/.tandem-setup', ['native'], () => npm('run', 'build:native'), cuda);
 step('program', 'dist/.tandem-setup', sourcesOfProgram(), () => npm('run', 'build:ts'));
 
 const { ensureTinyStore } = await import(pathToFileURL(join(root, 'dist/model/tiny/tiny-model.js')).href);
@@ -43,9 +45,9 @@ function sourcesOfProgram() {
   ];
 }
 
-/** Runs `make` unless the stamp says that it ran on these very sources. */
-function step(what, stamp, sources, make) {
-  const hash = createHash('sha256');
+/** Runs `make` unless the stamp says that it ran on these very sources, in this `setting`. */
+function step(what, stamp, sources, make, setting = '') {
+  const hash = createHash('sha256').update(setting);
   for (const file of sources.flatMap(filesBelow)) hash.update(file).update('\0').update(readFileSync(file)).update('\0');
   const digest = hash.digest('hex');
   if (existsSync(stamp) && readFileSync(stamp, 'utf8') === digest) return;
@@ -67,7 +69,7 @@ function filesBelow(path) {
     .filter((entry) => !MADE_HERE.includes(join(path, entry.name)))
     .sort((a, b) => (a.name < b.name ? -1 : 1))
     .flatMap((entry) => filesBelow(join(path, entry.name)))
-    .filter((file) => /\.(ts|proto|cc|h|cu|inc|txt|json)$/.test(file) && !file.startsWith('model/tiny/eval/'));
+    .filter((file) => /\.(ts|proto|cc|h|cu|inc|cmake|txt|json)$/.test(file) && !file.startsWith('model/tiny/eval/'));
 }
 
 function npm(...args) {
