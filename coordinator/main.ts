@@ -5,6 +5,7 @@ import { ConfigError } from '../common/errors.js';
 import { cpusOfRank, formatCpuList } from '../common/cpu-list.js';
 import { createLogger, type Logger, type LogLevel } from '../common/log.js';
 import { kvBlockSize, type KvDtype } from '../model/kv-blocks.js';
+import { maxStepSequences } from '../model/memory-plan.js';
 import { localShare } from '../model/model-config.js';
 import { openStore } from '../model/store/open-store.js';
 import { ThreadedEncoder } from '../model/tokenizer/threaded-encoder.js';
@@ -87,8 +88,6 @@ export interface RunningServer {
   close(): Promise<void>;
 }
 
-/** Sequences that can decode in one step. */
-const MAX_EXTENDS = 256;
 const HEARTBEAT_MS = 1000;
 const SHUTDOWN_GRACE_MS = 1000;
 const MAX_RESTARTS_PER_MINUTE = 5;
@@ -116,7 +115,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
   const token = options.supervise ? randomBytes(16).toString('hex') : options.workerToken;
   const maxRunTokens = config.maxSequenceLength;
   // A step's whole runs beside one that goes through the layers.
-  const maxBatchTokens = maxRunTokens + Math.max(MAX_EXTENDS, options.maxStepTokens);
+  const maxBatchTokens = maxRunTokens + Math.max(maxStepSequences, options.maxStepTokens);
   const events = new EventLog();
   let supervisor: Supervisor | null = null;
   const group = new WorkerGroup({
@@ -250,7 +249,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         ...options.limits,
         stepTokens: options.maxStepTokens || maxBatchTokens,
         maxBatchTokens,
-        maxExtends: MAX_EXTENDS,
+        maxExtends: maxStepSequences,
         contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,

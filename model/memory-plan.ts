@@ -51,8 +51,8 @@ export interface MemoryPlan {
   readonly stepMs: { readonly oneSequence: number; readonly maxSequences: number } | null;
 }
 
-/** Sequences that can decode in one step, as the server has it; each needs a row of logits. */
-const maxRows = 256;
+/** Sequences that can decode in one step of the server; each needs a row of logits. */
+export const maxStepSequences = 256;
 
 /**
  * Whether a model fits the memory of some devices, and what fits beside it. Pure arithmetic: every rank holds its share of the weights
@@ -76,7 +76,10 @@ export function planMemory({ config, devices, weights, kv, context, memoryShare 
     ...{ weights, kv, worldSize, usableBytes, weightBytes, workspaceBytes, kvBlockBytes: blockBytes, kvBlocks, maxSequences, fits },
     kvTokens: kvBlocks * kvBlockSize,
     maxContext: Math.min(config.maxSequenceLength, kvBlocks * kvBlockSize),
-    stepMs: fits && devices.bandwidth !== null ? { oneSequence: stepMs(1), maxSequences: stepMs(Math.min(maxSequences, maxRows)) } : null,
+    stepMs:
+      fits && devices.bandwidth !== null
+        ? { oneSequence: stepMs(1), maxSequences: stepMs(Math.min(maxSequences, maxStepSequences)) }
+        : null,
   };
   return { ...plan, whyNot: fits ? null : describeLack(plan, { context, contextBytes: blocksPerSequence * blockBytes }) };
 }
@@ -94,9 +97,9 @@ export function rankWeightBytes(config: ModelConfig, worldSize: number, weights:
 /** An estimate of the buffers of the largest step: what one layer computes for each of its tokens, and rows of logits. */
 function rankWorkspaceBytes(config: ModelConfig, worldSize: number, activationBytes: number): number {
   const { hiddenSize: h, innerHiddenSize: f, vocabSize, maxSequenceLength } = config;
-  const tokens = maxSequenceLength + maxRows;
+  const tokens = maxSequenceLength + maxStepSequences;
   const perToken = 4 * h + (4 * h + 3 * f) / worldSize; // residual, norm, sum, its copy; q, k, v, attention; both halves, their product
-  return tokens * perToken * activationBytes + maxRows * vocabSize * (1 + 1 / worldSize) * 4;
+  return tokens * perToken * activationBytes + maxStepSequences * vocabSize * (1 + 1 / worldSize) * 4;
 }
 
 function describeLack(

@@ -6,7 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { TandemClient } from '../cli/client.js';
 import { startLocalCluster, type LocalCluster } from '../cli/local-cluster.js';
 import type { GenerateRequest } from '../proto/generated/tandem/v1/GenerateRequest.js';
-import { EngineRanks, type Run } from './support/engine-ranks.js';
+import { EngineRanks, runOf } from './support/engine-ranks.js';
 import {
   argmax,
   bidirectionalTokens,
@@ -21,7 +21,7 @@ import {
   readGolden,
   spanPrompt,
   type GoldenFloats,
-  type GoldenMask,
+  type GoldenRow,
 } from './support/golden.js';
 
 /** The reference computes in floating point. */
@@ -33,17 +33,12 @@ const RELATIVE_LOSS = 1e-5;
 const SCORES = 2e-4;
 const HALF_ROTARY = 2e-3;
 
-interface Row {
-  readonly tokens: number[];
-  readonly position_ids: number[] | string;
-  readonly mask: GoldenMask;
-}
-interface ForwardCase extends Row {
+interface ForwardCase extends GoldenRow {
   readonly name: string;
   readonly logits: GoldenFloats;
   readonly argmax: number[];
 }
-interface LongCase extends Row {
+interface LongCase extends GoldenRow {
   readonly name: string;
   readonly last_logits: GoldenFloats;
   readonly argmax: number[];
@@ -118,17 +113,13 @@ interface LanguageModelCase {
   }[];
 }
 
-function logitsOf(client: TandemClient, { tokens, position_ids: positions, mask }: Row): Promise<Float32Array[]> {
+function logitsOf(client: TandemClient, { tokens, position_ids: positions, mask }: GoldenRow): Promise<Float32Array[]> {
   return client.logits({
     ids: tokens,
     positions: positionsOf(positions, tokens.length),
     bidirectionalTokens: bidirectionalTokens(mask),
     rows: tokens.length,
   });
-}
-
-function runOf({ tokens, position_ids: positions, mask }: Row): Run {
-  return { tokens, positions: positionsOf(positions, tokens.length), bidirectionalTokens: bidirectionalTokens(mask) };
 }
 
 /** Rows of a mask are `1` where a column is seen: a context that sees itself, then blocks that see it and, causally, themselves. */
@@ -358,7 +349,7 @@ async function checkWindow(client: TandemClient, window: LanguageModelCase['wind
 }
 
 describe.each(RANDOM_MODELS)('random model %s: rotary precision', (model) => {
-  interface RotaryCase extends Row {
+  interface RotaryCase extends GoldenRow {
     readonly fp32: GoldenFloats;
     readonly half: GoldenFloats;
     readonly half_freq: GoldenFloats;
@@ -387,7 +378,7 @@ describe.each(RANDOM_MODELS)('random model %s: rotary precision', (model) => {
 interface QuantisedCase {
   readonly layout: string;
   readonly bits: 8 | 4;
-  readonly inputs: (Row & {
+  readonly inputs: (GoldenRow & {
     readonly case: string;
     readonly float: { readonly last_logits: GoldenFloats; readonly argmax: number[]; readonly logsumexp: number[] };
   })[];

@@ -1,17 +1,16 @@
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, afterEach, expect, test, vi } from 'vitest';
-import yargs from 'yargs';
+import { afterAll, expect, test } from 'vitest';
 import { CheckpointError, ConfigError } from '../../common/errors.js';
 import { packageRoot } from '../../common/package-root.js';
 import { openStore } from '../../model/store/open-store.js';
+import { runCommand } from '../../test/support/run-command.js';
 import { importCommand } from './import.js';
 import { inspectCommand } from './inspect.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'cli-import-'));
 afterAll(() => rmSync(scratch, { recursive: true }));
-afterEach(() => vi.restoreAllMocks());
 
 const tiny = join(packageRoot, 'model/tiny');
 const fromTiny = ['--from', join(tiny, 'sat'), '--config', join(tiny, 'config.json')];
@@ -80,28 +79,6 @@ test('--dry-run prints the plan and writes nothing', async () => {
   expect(readdirSync(scratch).filter((name) => name.includes('x'))).toEqual([]);
 });
 
-/** Runs one command as the main program does, and gives back what it printed. */
-async function run(...args: readonly string[]): Promise<{ stdout: string; stderr: string }> {
-  const printed = { stdout: '', stderr: '' };
-  for (const stream of ['stdout', 'stderr'] as const) {
-    vi.spyOn(process[stream], 'write').mockImplementation((chunk) => {
-      printed[stream] += String(chunk);
-      return true;
-    });
-  }
-  try {
-    await yargs([...args])
-      .locale('en')
-      .command(importCommand)
-      .command(inspectCommand)
-      .strict()
-      .exitProcess(false)
-      .fail((message, error) => {
-        throw error ?? new Error(message);
-      })
-      .parseAsync();
-  } finally {
-    vi.restoreAllMocks();
-  }
-  return printed;
+function run(...args: readonly string[]): Promise<{ stdout: string; stderr: string }> {
+  return runCommand([importCommand, inspectCommand], args);
 }

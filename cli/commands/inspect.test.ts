@@ -1,18 +1,17 @@
 import { mkdtempSync, rmSync, unlinkSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, afterEach, beforeAll, expect, test, vi } from 'vitest';
-import yargs from 'yargs';
+import { afterAll, beforeAll, expect, test } from 'vitest';
 import { packageRoot } from '../../common/package-root.js';
 import { goldenModel } from '../../model/import/fixtures/golden-checkpoints.js';
 import { importCheckpoint } from '../../model/import/import-checkpoint.js';
 import { openStore } from '../../model/store/open-store.js';
 import { writeSyntheticSat } from '../../model/synth/write-synthetic.js';
+import { runCommand } from '../../test/support/run-command.js';
 import { inspectCommand } from './inspect.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'cli-inspect-'));
 afterAll(() => rmSync(scratch, { recursive: true }));
-afterEach(() => vi.restoreAllMocks());
 
 const store = join(scratch, 'int4');
 beforeAll(async () => {
@@ -22,17 +21,7 @@ beforeAll(async () => {
 
 /** What the command prints. */
 async function inspect(...args: readonly string[]): Promise<string> {
-  const stdout = vi.spyOn(process.stdout, 'write').mockReturnValue(true);
-  try {
-    await yargs(['inspect', ...args])
-      .command(inspectCommand)
-      .exitProcess(false)
-      .fail(false)
-      .parseAsync();
-    return stdout.mock.calls.map(([text]) => String(text)).join('');
-  } finally {
-    stdout.mockRestore();
-  }
+  return (await runCommand([inspectCommand], ['inspect', ...args])).stdout;
 }
 
 test('a store: its model, precision, sizes by part, checksums; tensor by tensor when asked', async () => {

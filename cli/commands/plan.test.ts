@@ -1,25 +1,13 @@
 import { join } from 'node:path';
-import { afterEach, expect, test, vi } from 'vitest';
-import yargs from 'yargs';
+import { expect, test } from 'vitest';
 import { ConfigError } from '../../common/errors.js';
 import { packageRoot } from '../../common/package-root.js';
+import { runCommand } from '../../test/support/run-command.js';
 import { planCommand } from './plan.js';
-
-afterEach(() => vi.restoreAllMocks());
 
 /** What the command prints. */
 async function plan(...args: readonly string[]): Promise<string> {
-  const stdout = vi.spyOn(process.stdout, 'write').mockReturnValue(true);
-  try {
-    await yargs(['plan', ...args])
-      .command(planCommand)
-      .exitProcess(false)
-      .fail(false)
-      .parseAsync();
-    return stdout.mock.calls.map(([text]) => String(text)).join('');
-  } finally {
-    stdout.mockRestore();
-  }
+  return (await runCommand([planCommand], ['plan', ...args])).stdout;
 }
 
 test('GLM-130B on four cards of 24 GB: INT4 fits, and why the others do not', async () => {

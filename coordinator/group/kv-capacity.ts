@@ -1,6 +1,6 @@
 import { ConfigError } from '../../common/errors.js';
 import { kvBlockBytes, type KvBlockShape } from '../../model/kv-blocks.js';
-import { planMemory } from '../../model/memory-plan.js';
+import { maxStepSequences, planMemory } from '../../model/memory-plan.js';
 import type { ModelConfig } from '../../model/model-config.js';
 
 export interface KvCapacityInput extends KvBlockShape {
@@ -35,8 +35,6 @@ export function kvBlocksFor(input: KvCapacityInput): number {
 
 /** Of a GPU's memory; the rest is for the driver, communication and fragments. */
 const GPU_MEMORY_SHARE = 0.92;
-/** Sequences that decode in one step: more of full length are never under way. */
-const MOST_SEQUENCES = 256;
 
 /**
  * KV blocks of each rank when the operator names no number and each has a GPU of its own: what weights and workspace leave.
@@ -54,5 +52,6 @@ export function kvBlocksOfGpu(input: KvCapacityInput & { readonly weights: 4 | 8
     memoryShare: GPU_MEMORY_SHARE,
   });
   if (!plan.fits) throw new ConfigError(`the model does not fit: ${plan.whyNot}; see "tandem plan", or give --kv-blocks`);
-  return Math.min(plan.kvBlocks, MOST_SEQUENCES * Math.ceil(config.maxSequenceLength / blockSize));
+  // More of full length are never under way.
+  return Math.min(plan.kvBlocks, maxStepSequences * Math.ceil(config.maxSequenceLength / blockSize));
 }

@@ -1,16 +1,13 @@
 /** What the CUDA backend has to show with the golden models: the same checks on the emulator (test/cuda.test.ts) and on a GPU (test/gpu/main.ts). */
 import { startLocalCluster } from '../../cli/local-cluster.js';
-import type { Run } from '../support/engine-ranks.js';
-import { EngineRanks } from '../support/engine-ranks.js';
+import { EngineRanks, runOf, type Run } from '../support/engine-ranks.js';
 import {
   argmax,
-  bidirectionalTokens,
   floats,
   importRandomStore,
-  positionsOf,
   readGolden,
   type GoldenFloats,
-  type GoldenMask,
+  type GoldenRow,
   type RandomModel,
 } from '../support/golden-data.js';
 
@@ -19,24 +16,14 @@ export const RELATIVE_L2 = 2e-2;
 /** Greedy tokens, of those that the original code generates. */
 export const LEAST_AGREEMENT = 0.99;
 
-interface ForwardCase {
-  readonly name: string;
-  readonly tokens: number[];
-  readonly position_ids: number[] | string;
-  readonly mask: GoldenMask;
+interface ForwardCase extends GoldenRow {
   readonly logits: GoldenFloats;
 }
 
 interface QuantisedCase {
   readonly layout: string;
   readonly bits: 8 | 4;
-  readonly inputs: {
-    readonly case: string;
-    readonly tokens: number[];
-    readonly position_ids: number[] | string;
-    readonly mask: GoldenMask;
-    readonly float: { readonly last_logits: GoldenFloats };
-  }[];
+  readonly inputs: (GoldenRow & { readonly float: { readonly last_logits: GoldenFloats } })[];
 }
 
 interface TextCase {
@@ -56,10 +43,6 @@ const relativeL2 = (got: ArrayLike<number>, expected: ArrayLike<number>): number
   }
   return got.length === expected.length ? Math.sqrt(difference / norm) : Infinity;
 };
-
-function runOf({ tokens, position_ids: positions, mask }: Pick<ForwardCase, 'tokens' | 'position_ids' | 'mask'>): Run {
-  return { tokens, positions: positionsOf(positions, tokens.length), bidirectionalTokens: bidirectionalTokens(mask) };
-}
 
 /** @returns the largest relative L2 distance of a row of logits from the original code's; Infinity where a row is not there or NaN */
 export async function forwardDistance(scratch: string, model: RandomModel, worldSize: number): Promise<number> {

@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import { decodeResultBody, encodeStepBody, type StepExtend, type StepExtendResult } from '../../common/step-codec.js';
 import { openStore } from '../../model/store/open-store.js';
+import { bidirectionalTokens, positionsOf, type GoldenRow } from './golden-data.js';
 import { loadAddon, type NativeEngine, type NativeEngineOptions } from '../../native/binding/addon.js';
 
 export interface EngineRanksOptions {
@@ -13,6 +14,11 @@ export interface Run {
   readonly tokens: readonly number[];
   readonly positions: readonly number[];
   readonly bidirectionalTokens: number;
+}
+
+/** A golden row that sees its mask's prefix, as one run. */
+export function runOf({ tokens, position_ids: positions, mask }: GoldenRow): Run {
+  return { tokens, positions: positionsOf(positions, tokens.length), bidirectionalTokens: bidirectionalTokens(mask) };
 }
 
 const blockSize = 16;

@@ -16,6 +16,12 @@ export interface GoldenFloats {
   readonly f32: string;
 }
 
+export interface GoldenRow {
+  readonly tokens: number[];
+  readonly position_ids: number[] | string;
+  readonly mask: GoldenMask;
+}
+
 export interface GoldenMask {
   readonly type: 'prefix' | 'causal' | 'rows';
   readonly visible?: number;
