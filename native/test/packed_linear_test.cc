@@ -294,13 +294,32 @@ TEST(packed_linear_takes_the_extremes) {
         std::fill(w.bytes.begin(), w.bytes.end(), static_cast<uint8_t>(pattern));
         w.Pack();
         for (const int signs : {0, 1, 2, 3}) {  // of x: all +, alternating, in pairs, all -
-          std::vector<float> x(256), expected(33);
-          for (size_t c = 0; c < 256; ++c) x[c] = signs == 3 || (signs == 1 && c % 2 != 0) || (signs == 2 && c % 4 >= 2) ? -1.0f : 1.0f;
-          ThreadPool pool(1);
-          const std::vector<float> y = Run(isa, w, x.data(), 1, 256, nullptr, 33, pool);
-          PackedLinearRef(w.weight, x.data(), 1, 256, nullptr, expected.data(), 33);
-          CHECK_SAME_BITS(w.Name(isa, 1) + " bytes " + std::to_string(pattern) + " signs " + std::to_string(signs), y.data(), expected.data(), 33);
+          for (const int64_t m : {1, 5, 12}) {  // the same row m times
+            std::vector<float> x(static_cast<size_t>(m * 256)), expected(static_cast<size_t>(m * 33));
+            for (size_t c = 0; c < x.size(); ++c) x[c] = signs == 3 || (signs == 1 && c % 2 != 0) || (signs == 2 && c % 4 >= 2) ? -1.0f : 1.0f;
+            ThreadPool pool(1);
+            const std::vector<float> y = Run(isa, w, x.data(), m, 256, nullptr, 33, pool);
+            PackedLinearRef(w.weight, x.data(), m, 256, nullptr, expected.data(), 33);
+            CHECK_SAME_BITS(w.Name(isa, m) + " bytes " + std::to_string(pattern) + " signs " + std::to_string(signs), y.data(), expected.data(), m * 33);
+          }
         }
+      }
+    }
+  });
+}
+
+// More rows of weights than a kernel may keep sums of, and all on one thread.
+TEST(packed_linear_has_the_bits_of_its_definition_for_many_rows) {
+  ForEachIsa([](Isa isa) {
+    for (const WeightType type : kTypes) {
+      const PackedCase w(type, 2100, 142, 1 << 20, 0, 31);
+      const std::vector<float> x = RandomFloats(17 * 142, 32), bias = RandomFloats(2100, 33);
+      std::vector<float> expected(17 * 2100);
+      ThreadPool pool(1);
+      for (const int64_t m : {1, 7, 17}) {
+        const std::vector<float> y = Run(isa, w, x.data(), m, 142, bias.data(), 2100, pool);
+        PackedLinearRef(w.weight, x.data(), m, 142, bias.data(), expected.data(), 2100);
+        CHECK_SAME_BITS(w.Name(isa, m), y.data(), expected.data(), m * 2100);
       }
     }
   });

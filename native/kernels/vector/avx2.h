@@ -103,10 +103,6 @@ constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them f
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes.a);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), bytes.b);
-}
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(bytes.a, mask), _mm256_and_si256(bytes.b, mask)};

@@ -89,7 +89,6 @@ struct I4Sums {
 constexpr int kI4Dots = 8;  // 2 products of at most 15 * 127 each: 16 of them fit into 16 bits
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return _mm512_loadu_si512(p); }
-TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { _mm512_storeu_si512(p, bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 TANDEM_INLINE U8x64 HighNibbles(U8x64 bytes) { return LowNibbles(_mm512_srli_epi16(bytes, 4)); }
 TANDEM_INLINE I8Rows PrepareI8(U8x64 bytes) {

@@ -130,7 +130,6 @@ TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) {
   std::memcpy(&bytes, p, sizeof bytes);
   return bytes;
 }
-TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { std::memcpy(p, &bytes, sizeof bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   for (I16& v : bytes.v) v &= 0x0f0f;
   return bytes;

@@ -97,7 +97,6 @@ using I4Sums = I32x16;
 constexpr int kI4Dots = 32;  // any number; a segment has 32
 
 TANDEM_INLINE U8x64 LoadU8x64(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
-TANDEM_INLINE void StoreU8x64(uint8_t* p, U8x64 bytes) { std::memcpy(p, &bytes, sizeof bytes); }
 TANDEM_INLINE U8x64 LowNibbles(U8x64 bytes) {
   for (uint8x16_t& v : bytes.v) v = vandq_u8(v, vdupq_n_u8(15));
   return bytes;
