@@ -70,6 +70,8 @@ export interface ServeOptions {
   readonly limits: Limits;
   /** Tokens of a step before runs are sliced by layers; 0: never sliced. */
   readonly maxStepTokens: number;
+  /** Whether steps are sent while others run. */
+  readonly runAhead: boolean;
   /** Null: half of the KV blocks. */
   readonly contextCacheBlocks: number | null;
   readonly otlpEndpoint: string | null;
@@ -250,6 +252,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         stepTokens: options.maxStepTokens || maxBatchTokens,
         maxBatchTokens,
         maxExtends: maxStepSequences,
+        runAhead: options.runAhead,
         contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,

@@ -28,6 +28,7 @@ interface FlagArgs extends EngineArgs {
   tlsKey: string | undefined;
   clientCa: string | undefined;
   maxStepTokens: number;
+  runAhead: boolean;
   contextCacheBlocks: number | undefined;
   otlpEndpoint: string | undefined;
   worldSize: number;
@@ -83,6 +84,11 @@ const FLAGS: Readonly<Record<string, Options>> = {
     default: DEFAULT_STEP_TOKENS,
     describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
   }),
+  'run-ahead': {
+    type: 'boolean',
+    default: true,
+    describe: 'Send a step while the one before it runs, where what it needs can be foreseen',
+  },
   'context-cache-blocks': wholeNumber('context-cache-blocks', {
     min: 0,
     describe: 'KV blocks that keep contexts nobody uses at the moment (default: half of all)',
@@ -146,6 +152,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       },
       limits: limitsFrom(args),
       maxStepTokens: args.maxStepTokens,
+      runAhead: args.runAhead,
       contextCacheBlocks: args.contextCacheBlocks ?? null,
       otlpEndpoint: args.otlpEndpoint ?? null,
       kvBlocks: args.kvBlocks ?? null,

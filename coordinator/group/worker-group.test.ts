@@ -103,6 +103,7 @@ const sampleStep: EngineStep = {
       firstLayer: 0,
       endLayer: 4,
       want: { kind: 'sample', params, noise, topLogprobs: 1 },
+      sampledBy: -1,
     },
   ],
 };

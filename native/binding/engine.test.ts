@@ -126,6 +126,7 @@ function extend(run: ReferenceRun, blockTable: readonly number[], cachedTokens: 
     firstLayer: 0,
     endLayer: smallConfig.numLayers,
     want,
+    sampledBy: -1,
   };
 }
 

@@ -23,8 +23,8 @@ class EngineThread final : public Stoppable {
     return engine_->memory();
   }
 
-  EncodedStepResult Run(const Step& step) {
-    const StepResult result = engine_->Run(step);
+  EncodedStepResult Run(Step step) {
+    const StepResult result = engine_->Run(std::move(step));
     return {result.step_id, EncodeResults(result.results), result.compute_micros, result.collective_micros, result.evaluate_micros};
   }
 
@@ -108,8 +108,8 @@ EngineWrap::EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Engine
 Napi::Value EngineWrap::StepMethod(const Napi::CallbackInfo& info) {
   try {
     if (engine_ == nullptr) throw Error(ErrorCode::kAborted, "the engine was disposed of");
-    auto step = std::make_shared<const Step>(StepFromJs(info[0], info[1]));
-    const auto run = [engine = engine_, step] { return engine->Run(*step); };
+    auto step = std::make_shared<Step>(StepFromJs(info[0], info[1]));
+    const auto run = [engine = engine_, step] { return engine->Run(std::move(*step)); };
     return AsyncCall<EncodedStepResult>::Start(info.Env(), runtime_, engine_->thread(), run,
                                         [](Napi::Env env, EncodedStepResult& result) { return StepResultToJs(env, result); });
   } catch (...) {

@@ -1,5 +1,6 @@
 #include "model/engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <utility>
@@ -60,12 +61,33 @@ Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled, MakeBa
       communicator_(Connect(options, cancelled)),
       backend_(make_backend(std::move(options), *communicator_, pool_, cancelled)) {}
 
-StepResult Engine::Run(const Step& step) {
+void Engine::TakeSamples(Step& step) {
+  if (std::none_of(step.extends.begin(), step.extends.end(), [](const Extend& extend) { return extend.sampled_by.has_value(); })) return;
+  samples_.resize(before_.sampled.size());
+  communicator_->Broadcast(samples_.data(), static_cast<int64_t>(samples_.size() * sizeof(uint32_t)), 0);
+  for (Extend& extend : step.extends) {
+    if (extend.sampled_by) extend.tokens[0] = samples_[*extend.sampled_by];
+  }
+}
+
+StepResult Engine::Run(Step step) {
   if (cancelled_.load()) throw Error(ErrorCode::kAborted, "the engine was aborted");
-  ValidateStep(step, limits_, under_way_);
-  under_way_ = RunUnderWay(step, shape_.num_layers, under_way_);
   try {
-    return RunStep(shape_, step, limits_.block_size, *backend_, cancelled_);
+    ValidateStep(step, limits_, before_);
+  } catch (const Error&) {
+    before_.sampled.clear();  // no step can go on from this one
+    throw;
+  }
+  try {
+    TakeSamples(step);
+    before_ = After(step, shape_.num_layers, std::move(before_));
+    StepResult result = RunStep(shape_, step, limits_.block_size, *backend_, cancelled_);
+    samples_.clear();
+    for (const ExtendResult& each : result.results) {
+      const auto* sample = std::get_if<SampleResult>(&each);
+      samples_.push_back(sample == nullptr ? 0 : sample->token);
+    }
+    return result;
   } catch (const std::exception& error) {
     communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
     const auto* own = dynamic_cast<const Error*>(&error);

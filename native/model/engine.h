@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <optional>
+#include <vector>
 
 #include "comm/communicator.h"
 #include "core/thread_pool.h"
@@ -24,16 +24,20 @@ class Engine {
   Engine(EngineOptions options, const std::atomic<bool>& cancelled, MakeBackend make_backend = MakeCpuBackend);
 
   // Throws kInvalidArgument for a step that ValidateStep refuses (nothing has happened then, and the engine goes on); kAborted, kTimeout, kInternal.
-  StepResult Run(const Step& step);
+  StepResult Run(Step step);
   // Ends collectives on all ranks, and every later step. Any thread; the caller sets `cancelled` as well.
   void Abort() { communicator_->Abort(); }
   EngineMemory memory() const { return backend_->memory(); }
 
  private:
+  // Tokens that the last step drew, into the runs that go on from them.
+  void TakeSamples(Step& step);
+
   const ModelShape shape_;
   const std::atomic<bool>& cancelled_;
   StepLimits limits_;
-  std::optional<PartialRun> under_way_;
+  StepsBefore before_;
+  std::vector<uint32_t> samples_;  // of the last step's Extends, on rank 0; 0 where there is none
   ThreadPool pool_;
   std::unique_ptr<Communicator> communicator_;
   std::unique_ptr<Backend> backend_;
