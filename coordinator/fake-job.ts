@@ -25,7 +25,11 @@ export async function turnsUntil(isTrue: () => boolean): Promise<void> {
 }
 
 /** For tests of the loop: prefill, then `samples` forks that decode `newTokens` each at most; the seed makes requests of equal shape different. */
-export function fakeJob({ prompt, newTokens, samples, foresees = true, endsWith }: Shape, seed: number, changes: Partial<Job<number[][]>> = {}): Job<number[][]> {
+export function fakeJob(
+  { prompt, newTokens, samples, foresees = true, endsWith }: Shape,
+  seed: number,
+  changes: Partial<Job<number[][]>> = {},
+): Job<number[][]> {
   function* strategy(sequences: Sequences): Strategy<number[][]> {
     const context = sequences.create();
     const tokens = Array.from({ length: prompt }, (_, i) => (seed * 31 + i * 7) % 997);

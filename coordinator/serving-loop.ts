@@ -80,6 +80,9 @@ interface SentStep {
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
+/** The part of a step after which the next one is sent, and by how much earlier: planning it, and its way to the ranks, take a millisecond or two. */
+const AHEAD_AT = 0.75;
+const LEAST_LEAD_MS = 3;
 const NO_RUNS: readonly PendingRun[] = [];
 /** The tokens of a run whose token the step before samples. */
 const NOT_KNOWN_YET = [0];
@@ -251,6 +254,8 @@ export class ServingLoop {
   private async run(): Promise<void> {
     let sent: SentStep | null = null;
     let lastAnsweredMs = 0;
+    /** What the last two steps took: one of them may have had a prompt in it. */
+    let lastMs: readonly [number, number] = [0, 0];
     while (!this.closed) {
       this.isNotified = false;
       this.endFlagged();
@@ -262,9 +267,9 @@ export class ServingLoop {
         continue;
       }
       const { step, sentMs, scheduleMs } = current;
-      sent = this.send(() => this.planAhead(step));
+      const flushing = this.flushOnceSent();
+      sent = await this.sendAhead(current, Math.min(...lastMs));
       try {
-        const flushing = this.flushOnceSent();
         const answer = await current.answer;
         const answeredMs = this.now();
         const flushMs = flushing();
@@ -281,6 +286,7 @@ export class ServingLoop {
           generatedTokens: this.totals.generatedTokens - tokensBefore,
         });
         lastAnsweredMs = answeredMs;
+        lastMs = [lastMs[1], answeredMs - startMs];
       } catch (error) {
         if (error instanceof EpochEndedError || error instanceof WorkerLostError) sent = null; // that is lost as well
         if (error instanceof EpochEndedError) await this.recover(step, error);
@@ -291,6 +297,17 @@ export class ServingLoop {
     await sent?.answer.catch(() => {}); // nobody is left to take it
     this.failAll(new NotReadyError('the server is shutting down'));
     this.flush();
+  }
+
+  /** Not before it has to be, so that who comes until then has a part in it. @param likelyMs what the step under way may take */
+  private async sendAhead(current: SentStep, likelyMs: number): Promise<SentStep | null> {
+    if (this.limits.runAhead === false) return null;
+    const waitMs = AHEAD_AT * likelyMs - LEAST_LEAD_MS;
+    if (waitMs >= 1) {
+      if (await isOverWithin(current.answer, waitMs)) return null;
+      this.endFlagged();
+    }
+    return this.send(() => this.planAhead(current.step));
   }
 
   private send(plan: () => PlannedStep | null): SentStep | null {
@@ -348,7 +365,7 @@ export class ServingLoop {
    * blocks, and what to do where nothing fits, is decided only when nothing is under way.
    */
   private planAhead(step: PlannedStep): PlannedStep | null {
-    if (this.limits.runAhead === false || step.slice || !this.canForesee(step)) return null;
+    if (step.slice || !this.canForesee(step)) return null;
     for (let i = 0; i < step.whole.length; i++) this.foreseeAfter(step.whole[i]!, i);
     const ahead = this.planStep(true);
     for (const run of step.whole) if (run.foreseen?.pending.isUnderWay === false) this.forgetForeseen(run);
@@ -889,6 +906,15 @@ export class ServingLoop {
     }
     return list;
   }
+}
+
+async function isOverWithin(answer: Promise<unknown>, ms: number): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined;
+  const timeIsUp = new Promise<boolean>((resolve) => (timer = setTimeout(resolve, ms, false)));
+  const over = (): boolean => true;
+  const isOver = await Promise.race([answer.then(over, over), timeIsUp]);
+  clearTimeout(timer);
+  return isOver;
 }
 
 /** Whether somebody still waits for its result. */

@@ -41,7 +41,7 @@ export const ahead: Part = {
 };
 
 function withServer(worldSize: number, isOn: boolean, use: (address: string) => Promise<void>): Promise<void> {
-  return withCluster({ model: null, worldSize, flags: [`--run-ahead=${isOn}`] }, async ({ address }) => {
+  return withCluster({ model: null, worldSize, flags: [`--run-ahead=${isOn ? 'on' : 'off'}`] }, async ({ address }) => {
     await tandemLoad(address, { concurrency: 32, requests: 64, 'output-tokens': 32, seed: 1000 }); // everything is compiled and paged in
     await use(address);
   });

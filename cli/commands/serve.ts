@@ -5,6 +5,7 @@ import type { CommandModule, Options } from 'yargs';
 import { parseCpuList } from '../../common/cpu-list.js';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
+import type { ServeOptions } from '../../coordinator/main.js';
 import { DEFAULT_STEP_TOKENS, type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
 import { describeGpu, nativeBuild } from '../../worker/engine.js';
 import { DEFAULT_ADDRESS } from '../default-address.js';
@@ -28,7 +29,7 @@ interface FlagArgs extends EngineArgs {
   tlsKey: string | undefined;
   clientCa: string | undefined;
   maxStepTokens: number;
-  runAhead: boolean;
+  runAhead: ServeOptions['runAhead'];
   contextCacheBlocks: number | undefined;
   otlpEndpoint: string | undefined;
   worldSize: number;
@@ -85,9 +86,11 @@ const FLAGS: Readonly<Record<string, Options>> = {
     describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
   }),
   'run-ahead': {
-    type: 'boolean',
-    default: true,
-    describe: 'Send a step while the one before it runs, where what it needs can be foreseen',
+    choices: ['auto', 'on', 'off'],
+    requiresArg: true,
+    default: 'auto',
+    describe:
+      'Send a step while the one before it runs, where what it needs can be foreseen (auto: where a CPU is left for it, or on GPUs)',
   },
   'context-cache-blocks': wholeNumber('context-cache-blocks', {
     min: 0,

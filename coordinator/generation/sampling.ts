@@ -4,7 +4,16 @@ import { prefill } from './prefill.js';
 import { BlankText, type FinalPart } from './blank-text.js';
 import type { LogitChanges } from './logit-changes.js';
 import type { FinishReason, TokenLogprob } from './request.js';
-import { NOTHING_NEXT, type ExtendOp, type ExtendResult, type Sequence, type Sequences, type StepSampling, type Strategy, type Want } from './strategy.js';
+import {
+  NOTHING_NEXT,
+  type ExtendOp,
+  type ExtendResult,
+  type Sequence,
+  type Sequences,
+  type StepSampling,
+  type Strategy,
+  type Want,
+} from './strategy.js';
 
 export interface Span {
   readonly context: BlankContext;

@@ -75,7 +75,9 @@ export class FakeEngine implements Engine {
     if (extend.sampledBy < 0) return extend;
     const sample = this.results[extend.sampledBy];
     if (extend.tokens.length !== 1 || sample?.kind !== 'sample') {
-      throw new Error(`a run of ${extend.tokens.length} tokens goes on from Extend ${extend.sampledBy} of the step before, which gave ${sample?.kind}`);
+      throw new Error(
+        `a run of ${extend.tokens.length} tokens goes on from Extend ${extend.sampledBy} of the step before, which gave ${sample?.kind}`,
+      );
     }
     return { ...extend, tokens: [sample.token] };
   }

@@ -241,8 +241,9 @@ export class WorkerGroup implements Engine {
     return null;
   }
 
-  private deviceKind(): 'cpu' | 'cuda' {
-    return this.ranks.some((rank) => isGpu(rank!.hello)) ? 'cuda' : 'cpu';
+  /** Of all ranks that are there. */
+  get deviceKind(): 'cpu' | 'cuda' {
+    return this.ranks.some((rank) => rank !== null && isGpu(rank.hello)) ? 'cuda' : 'cpu';
   }
 
   private beginEpoch(): void {
@@ -250,7 +251,7 @@ export class WorkerGroup implements Engine {
     const memory = Math.min(...this.ranks.map((rank) => Number(rank!.hello.totalMemoryBytes)));
     if (this.kvBlocks === 0) {
       try {
-        this.kvBlocks = options.kvBlocks(memory, this.deviceKind());
+        this.kvBlocks = options.kvBlocks(memory, this.deviceKind);
       } catch (error) {
         this.failWith(error as Error);
         return;
