@@ -50,6 +50,7 @@ const extend: fc.Arbitrary<StepExtend> = fc.record({
   firstLayer: word,
   endLayer: word,
   want,
+  sampledBy: word.map((each) => each - 1),
 });
 const stepBody: fc.Arbitrary<StepBody> = fc.record({ blockCopies: words, extends: fc.array(extend, { maxLength: 6 }) });
 
@@ -183,10 +184,11 @@ test('a want cannot be an error', () => {
         firstLayer: 0,
         endLayer: 1,
         want: { kind: 'none' },
+        sampledBy: -1,
       },
     ],
   });
   const changed = Uint8Array.from(step);
   changed[changed.length - 4] = 5;
-  expect(() => decodeStepBody(changed)).toThrow('a step body with an unknown kind in word 9');
+  expect(() => decodeStepBody(changed)).toThrow('a step body with an unknown kind in word 10');
 });

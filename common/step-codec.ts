@@ -29,6 +29,11 @@ export interface StepExtend {
   readonly firstLayer: number;
   readonly endLayer: number;
   readonly want: StepWant;
+  /**
+   * Which Extend of the step before draws this run's one token, so that a step can be on its way before the one that it goes on from has ended; what
+   * `tokens` has in its place does not matter. -1: none, the tokens are known.
+   */
+  readonly sampledBy: number;
 }
 
 export type StepWant =
@@ -101,6 +106,7 @@ export function decodeStepBody(bytes: Uint8Array) {
       bidirectionalTokens: from.word(),
       firstLayer: from.word(),
       endLayer: from.word(),
+      sampledBy: from.word() - 1,
       tokens: from.words(),
       positions: from.words(),
       blockTable: from.words(),
@@ -171,9 +177,10 @@ function readResult(from: Reader) {
 
 function writeExtend(
   out: Writer,
-  { tokens, positions, blockTable, cachedTokens, bidirectionalTokens, firstLayer, endLayer, want }: StepExtend,
+  { tokens, positions, blockTable, cachedTokens, bidirectionalTokens, firstLayer, endLayer, want, sampledBy }: StepExtend,
 ): void {
   out.fourWords(cachedTokens, bidirectionalTokens, firstLayer, endLayer);
+  out.word(sampledBy + 1);
   out.words(tokens);
   out.words(positions);
   out.words(blockTable);

@@ -14,7 +14,11 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   readonly sequences = new Map<number, SequenceState>();
   strategy!: Strategy<unknown>;
   /** The Extends of the current yield that have no result yet. */
+  unanswered: readonly PendingRun[] = [];
+  /** What of it can be in the next step: those that are not under way, and what is foreseen to follow those that are. */
   pending: readonly PendingRun[] = [];
+  /** Under way before the strategy has yielded them. */
+  foreseen: readonly PendingRun[] = [];
   /** Results of the current yield, in its order. */
   results: ExtendResult[] = [];
   state: 'waiting' | 'running' | 'ended' = 'waiting';
@@ -72,17 +76,36 @@ export class ActiveRequest implements RunningRequest, WaitingRequest {
   }
 }
 
-/** One Extend that a request waits for. What it has to run follows from the state of its sequence at the time of asking. */
+/**
+ * One Extend that a request waits for, or that is foreseen to be the next one that it waits for. What it has to run follows from the state of its
+ * sequence at the time of asking.
+ */
 export class PendingRun implements PendingExtend {
+  /** In a step that was sent. */
+  isUnderWay = false;
+  /** Its strategy has yielded it: else it is foreseen, and nobody waits for it yet. */
+  isAwaited = true;
+  /** Of a foreseen one, the Extend of the step before that samples its token; else -1. */
+  sampledBy = -1;
+
   constructor(
     readonly request: ActiveRequest,
     /** In the yield. */
-    readonly index: number,
-    readonly op: ExtendOp,
+    public index: number,
+    public op: ExtendOp,
     readonly sequence: SequenceState,
     private readonly blockManager: BlockManager,
     private readonly contexts: ContextCache,
   ) {}
+
+  /** It was foreseen, is under way, and now its strategy has yielded it. */
+  come(op: ExtendOp, index: number): this {
+    this.op = op;
+    this.index = index;
+    this.isAwaited = true;
+    this.sampledBy = -1;
+    return this;
+  }
 
   get runTokens(): number {
     const { sequence } = this;

@@ -1,4 +1,4 @@
-import type { Sequences, Strategy, Want } from './generation/strategy.js';
+import { NOTHING_NEXT, type Sequences, type Strategy, type Want } from './generation/strategy.js';
 import type { Job } from './job.js';
 
 /** Of the engines that tests run these jobs on. */
@@ -8,6 +8,10 @@ export interface Shape {
   readonly prompt: number;
   readonly newTokens: number;
   readonly samples: number;
+  /** What follows a token is said before it is there: default true. */
+  readonly foresees?: boolean;
+  /** A sample ends with a token that can be divided by it. */
+  readonly endsWith?: number;
 }
 
 /** Once round the event loop: a step of the fake engine at most. */
@@ -20,25 +24,43 @@ export async function turnsUntil(isTrue: () => boolean): Promise<void> {
   }
 }
 
-/** For tests of the loop: prefill, then `samples` forks that decode `newTokens` each; the seed makes requests of equal shape different. */
-export function fakeJob({ prompt, newTokens, samples }: Shape, seed: number, changes: Partial<Job<number[][]>> = {}): Job<number[][]> {
+/** For tests of the loop: prefill, then `samples` forks that decode `newTokens` each at most; the seed makes requests of equal shape different. */
+export function fakeJob(
+  { prompt, newTokens, samples, foresees = true, endsWith }: Shape,
+  seed: number,
+  changes: Partial<Job<number[][]>> = {},
+): Job<number[][]> {
   function* strategy(sequences: Sequences): Strategy<number[][]> {
     const context = sequences.create();
     const tokens = Array.from({ length: prompt }, (_, i) => (seed * 31 + i * 7) % 997);
     yield [{ sequence: context, tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: prompt, want: { kind: 'none' } }];
-    const rows = Array.from({ length: samples }, () => ({ sequence: sequences.fork(context), tokens: [seed % 997] }));
+    const rows = Array.from({ length: samples }, (_, stream) => ({
+      sequence: sequences.fork(context),
+      stream,
+      tokens: [seed % 997],
+      want: wantedSample(seed, stream, 0),
+    }));
     sequences.release(context);
-    for (let i = 0; i < newTokens; i++) {
-      const results = yield rows.map(({ sequence, tokens: own }, stream) => ({
+    let left = rows;
+    for (let i = 0; i < newTokens && left.length > 0; i++) {
+      const isLast = i === newTokens - 1;
+      const following = left.map(({ stream }) => wantedSample(seed, stream, i + 1));
+      const results = yield left.map(({ sequence, tokens: own, want }, at) => ({
         sequence,
         tokens: [own.at(-1)!],
         positions: [prompt + i],
         bidirectionalTokens: 0,
-        want: wantedSample(seed, stream, i),
+        want,
+        next: isLast ? NOTHING_NEXT : foresees ? { position: prompt + i + 1, want: following[at]! } : undefined,
       }));
-      results.forEach((result, stream) => {
+      left = left.filter((row, at) => {
+        const result = results[at]!;
         if (result.kind !== 'sample') throw new Error(`got ${result.kind}`);
-        rows[stream]!.tokens.push(result.token);
+        row.tokens.push(result.token);
+        row.want = following[at]!;
+        const goesOn = endsWith === undefined || result.token % endsWith > 0;
+        if (!goesOn) sequences.release(row.sequence);
+        return goesOn;
       });
     }
     return rows.map(({ tokens: own }) => own);

@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto';
+import { availableParallelism } from 'node:os';
 import { Server } from '@grpc/grpc-js';
 import { isLoopback, LINK_CHANNEL_OPTIONS, parseAddress } from '../common/address.js';
 import { ConfigError } from '../common/errors.js';
@@ -70,6 +71,8 @@ export interface ServeOptions {
   readonly limits: Limits;
   /** Tokens of a step before runs are sliced by layers; 0: never sliced. */
   readonly maxStepTokens: number;
+  /** Whether steps are sent while others run; auto: on GPUs, and where the workers' threads leave the coordinator a CPU, which else would keep them waiting. */
+  readonly runAhead: 'auto' | 'on' | 'off';
   /** Null: half of the KV blocks. */
   readonly contextCacheBlocks: number | null;
   readonly otlpEndpoint: string | null;
@@ -250,6 +253,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         stepTokens: options.maxStepTokens || maxBatchTokens,
         maxBatchTokens,
         maxExtends: maxStepSequences,
+        runAhead: runsAhead(options, group),
         contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,
@@ -269,6 +273,11 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     await close();
     throw error;
   }
+}
+
+function runsAhead({ runAhead, worldSize, threads }: ServeOptions, { deviceKind }: WorkerGroup): boolean {
+  if (runAhead !== 'auto') return runAhead === 'on';
+  return deviceKind === 'cuda' || availableParallelism() > worldSize * threads;
 }
 
 /** @throws ConfigError */

@@ -124,7 +124,7 @@ test.each(['runs', 'waits'])('a deadline ends a request that %s before the next 
   const waiting = loop.submit(fakeJob({ ...SMALL, prompt: 100 }, 2, { maxBlocks: 28, timeoutMs: timeoutMs('waits') }));
   const [expired, other] = state === 'runs' ? [running, waiting] : [waiting, running];
   await expect(expired.done).rejects.toThrow(new DeadlineError('not done within its 5 ms'));
-  expect(engine.stepsDone).toBeLessThanOrEqual(5); // it ended after the fourth, and hears of it with the next one under way
+  expect(engine.stepsDone).toBeLessThanOrEqual(6); // it ended after the fourth, and hears of it with the next two under way
   await other.done;
   expect(loop.snapshot()).toMatchObject({ expired: 1, finished: 1, queued: 0, kv: { usedBlocks: 0 } });
 });
@@ -315,7 +315,8 @@ test('observers get numbers that agree with one another', async () => {
   const generated = ended.reduce((sum, stats) => sum + stats.generatedTokens, 0);
   expect(totals.generatedTokens).toBe(generated);
   expect(steps.reduce((sum, stats) => sum + stats.generatedTokens, 0)).toBe(generated);
-  expect(steps.reduce((sum, stats) => sum + stats.decodeTokens, 0)).toBe(generated); // nothing was computed again
+  // Nothing was computed again; two tokens of the cancelled one were under way.
+  expect(steps.reduce((sum, stats) => sum + stats.decodeTokens, 0) - generated).toBeOneOf([0, 1, 2]);
   expect(steps.reduce((sum, stats) => sum + stats.prefillTokens, 0)).toBeCloseTo(prompts);
   expect(steps.length).toBe(engine.stepsDone);
   expect(firsts).toHaveLength(3);
@@ -352,7 +353,8 @@ test('clients get their tokens once the next step is on its way, and all of them
       return super.step(step);
     }
   }
-  const { loop } = start({ engine: new Counting({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 128, vocabSize: 997 }) });
+  const engine = new Counting({ kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 128, vocabSize: 997 });
+  const { loop } = start({ engine, limits: { runAhead: false } });
   const sentBefore: number[] = [];
   const ticket = loop.submit(emitting(loop, 1, (i) => sentBefore.push(sent - i)));
   await ticket.done;

@@ -24,15 +24,18 @@ afterEach(async () => {
   await Promise.all(open.splice(0).map((loop) => loop.close()));
 });
 
-function start(options: { kvBlocks?: number; lostSteps?: ReadonlySet<number> } = {}): { loop: ServingLoop; engine: FakeEngine } {
+function start({ runAhead = true, ...options }: { kvBlocks?: number; lostSteps?: ReadonlySet<number>; runAhead?: boolean } = {}): {
+  loop: ServingLoop;
+  engine: FakeEngine;
+} {
   const engine = new FakeEngine({ kvBlocks: 256, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997, ...options });
-  const loop = new ServingLoop(engine, limits, log);
+  const loop = new ServingLoop(engine, { ...limits, runAhead }, log);
   open.push(loop);
   return { loop, engine };
 }
 
 async function alone(shape: Shape, seed: number): Promise<number[][]> {
-  const { loop } = start();
+  const { loop } = start({ runAhead: false });
   return (await loop.submit(job(shape, seed)).done).value;
 }
 
@@ -40,6 +43,8 @@ const shape = fc.record({
   prompt: fc.constantFrom(1, 5, 18, 24, 33, 45),
   newTokens: fc.integer({ min: 1, max: 12 }),
   samples: fc.integer({ min: 1, max: 4 }),
+  foresees: fc.oneof({ weight: 4, arbitrary: fc.constant(true) }, { weight: 1, arbitrary: fc.constant(false) }),
+  endsWith: fc.constantFrom(3, 11, 997),
 });
 
 /** How a request comes and goes; `seed` from a few, so that some ask the same. */
@@ -62,7 +67,7 @@ const lostSteps = fc.uniqueArray(
 );
 
 test('whatever comes and goes, a request gives the tokens that it gives alone, and no block is lost', async () => {
-  const seen = { preemptions: 0, hits: 0, sliced: 0, evictions: 0, cancelled: 0 };
+  const seen = { preemptions: 0, hits: 0, sliced: 0, evictions: 0, cancelled: 0, ahead: 0 };
   await fc.assert(
     fc.asyncProperty(
       fc.array(arrival, { minLength: 1, maxLength: 14 }),
@@ -100,6 +105,7 @@ test('whatever comes and goes, a request gives the tokens that it gives alone, a
         seen.hits += contextCache.hits;
         seen.evictions += contextCache.evictions;
         seen.cancelled += cancelled;
+        seen.ahead += engine.history.flat().filter(({ sampledBy }) => sampledBy >= 0).length;
         seen.sliced += engine.history.flat().filter(({ firstLayer }) => firstLayer > 0).length;
       },
     ),

@@ -11,7 +11,7 @@ import {
 import type { Logger } from '../common/log.js';
 import { ActiveRequest, insertByRank, PendingRun } from './active-request.js';
 import { contextKeyOf } from './context-key.js';
-import type { ExtendOp, ExtendResult, Sequence, Sequences } from './generation/strategy.js';
+import { NOTHING_NEXT, type ExtendOp, type ExtendResult, type Sequence, type Sequences } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
 import { type QueueLimits, RequestQueue } from './request-queue.js';
 import { BlockManager } from './scheduler/block-manager.js';
@@ -21,8 +21,11 @@ import {
   adoptContext,
   appendTokens,
   applyRun,
+  type BeforeForeseen,
   createSequence,
   evictSequences,
+  foresee,
+  forgetForeseen,
   forkSequence,
   loseCache,
   prepareRun,
@@ -31,6 +34,7 @@ import {
   restoreSequences,
   type Run,
   type SequenceState,
+  takeForeseenToken,
 } from './scheduler/sequence.js';
 import { StepCostTable } from './scheduler/step-cost.js';
 import { type Completed, type Job, notDoneWithin, type Ticket } from './job.js';
@@ -40,12 +44,16 @@ import { type LoopObserver, NO_OBSERVER, type RequestTimings, type StepStats } f
 export interface LoopLimits extends Omit<StepLimits, 'numLayers'>, QueueLimits {
   /** KV blocks of contexts that nobody uses at the moment. */
   readonly contextCacheBlocks: number;
+  /** Whether a step is sent while the one before it runs, where what it needs of that one can be foreseen: ranks then never wait for the coordinator. Default true. */
+  readonly runAhead?: boolean;
 }
 
 interface PlannedRun extends Pick<Run, 'sequence' | 'firstToken'> {
   readonly pending: PendingRun;
   /** Its tokens; the sequence may have more by the time that the results are in. */
   readonly runTokens: number;
+  /** The run of the token that it samples, in the next step. */
+  foreseen: { readonly pending: PendingRun; readonly before: BeforeForeseen } | null;
 }
 
 /** The run that goes through the layers over several steps. */
@@ -60,10 +68,24 @@ interface PlannedStep {
   readonly blockCopies: number[];
 }
 
+/** A step on its way. */
+interface SentStep {
+  readonly step: PlannedStep;
+  readonly startMs: number;
+  readonly sentMs: number;
+  readonly scheduleMs: number;
+  readonly answer: Promise<EngineStepResult>;
+}
+
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
+/** The part of a step after which the next one is sent, and by how much earlier: planning it, and its way to the ranks, take a millisecond or two. */
+const AHEAD_AT = 0.75;
+const LEAST_LEAD_MS = 3;
 const NO_RUNS: readonly PendingRun[] = [];
+/** The tokens of a run whose token the step before samples. */
+const NOT_KNOWN_YET = [0];
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -87,6 +109,7 @@ export class ServingLoop {
   private deferredValues: unknown[] = [];
   private nextId = 1;
   private nextSequenceId = 1;
+  private sentSteps = 0;
   private readonly totals = {
     finished: 0,
     failed: 0,
@@ -229,42 +252,74 @@ export class ServingLoop {
   }
 
   private async run(): Promise<void> {
+    let sent: SentStep | null = null;
+    let lastAnsweredMs = 0;
+    /** What the last two steps took: one of them may have had a prompt in it. */
+    let lastMs: readonly [number, number] = [0, 0];
     while (!this.closed) {
-      const startMs = this.now();
       this.isNotified = false;
       this.endFlagged();
-      const step = this.planStep();
-      if (!step) {
+      const current: SentStep | null = sent ?? this.send(() => this.planStep(false));
+      sent = null;
+      if (!current) {
         this.flush();
         await this.sleep();
         continue;
       }
-      const engineStep = this.toEngineStep(step, startMs);
-      const plannedMs = this.now();
+      const { step, sentMs, scheduleMs } = current;
+      const flushing = this.flushOnceSent();
+      sent = await this.sendAhead(current, Math.min(...lastMs));
       try {
-        const result = this.engine.step(engineStep);
-        const flushing = this.flushOnceSent();
-        const answer = await result;
+        const answer = await current.answer;
         const answeredMs = this.now();
         const flushMs = flushing();
         const flushedMs = this.now();
         const tokensBefore = this.totals.generatedTokens;
+        // One that was sent ahead begins when the one before it has ended.
+        const startMs = Math.max(current.startMs, lastAnsweredMs);
         this.apply(step, answer, startMs);
         this.observe(step, answer, {
-          scheduleMs: plannedMs - startMs,
-          totalMs: this.now() - startMs,
-          roundTripMs: answeredMs - plannedMs,
+          scheduleMs,
+          totalMs: (sent ? answeredMs : this.now()) - startMs,
+          roundTripMs: answeredMs - Math.max(sentMs, lastAnsweredMs),
           emitMs: flushMs + this.now() - flushedMs,
           generatedTokens: this.totals.generatedTokens - tokensBefore,
         });
+        lastAnsweredMs = answeredMs;
+        lastMs = [lastMs[1], answeredMs - startMs];
       } catch (error) {
+        if (error instanceof EpochEndedError || error instanceof WorkerLostError) sent = null; // that is lost as well
         if (error instanceof EpochEndedError) await this.recover(step, error);
         else if (error instanceof WorkerLostError) this.giveUp(error);
         else this.failStep(step, error);
       }
     }
+    await sent?.answer.catch(() => {}); // nobody is left to take it
     this.failAll(new NotReadyError('the server is shutting down'));
     this.flush();
+  }
+
+  /** Not before it has to be, so that who comes until then has a part in it. @param likelyMs what the step under way may take */
+  private async sendAhead(current: SentStep, likelyMs: number): Promise<SentStep | null> {
+    if (this.limits.runAhead === false) return null;
+    const waitMs = AHEAD_AT * likelyMs - LEAST_LEAD_MS;
+    if (waitMs >= 1) {
+      if (await isOverWithin(current.answer, waitMs)) return null;
+      this.endFlagged();
+    }
+    return this.send(() => this.planAhead(current.step));
+  }
+
+  private send(plan: () => PlannedStep | null): SentStep | null {
+    const startMs = this.now();
+    const step = plan();
+    if (!step) return null;
+    const engineStep = this.toEngineStep(step, startMs);
+    this.sentSteps += 1;
+    const sentMs = this.now();
+    const answer = this.engine.step(engineStep);
+    answer.catch(() => {}); // it is looked at when its turn comes
+    return { step, startMs, sentMs, scheduleMs: sentMs - startMs, answer };
   }
 
   private notify(): void {
@@ -278,11 +333,12 @@ export class ServingLoop {
     this.wake = null;
   }
 
-  private planStep(): PlannedStep | null {
+  private planStep(isAhead: boolean): PlannedStep | null {
     const heldBack: ActiveRequest[] = [];
     for (;;) {
       const plan = this.schedule();
       if (plan.preempt) {
+        if (isAhead) return null;
         this.preempt(plan.preempt);
         plan.preempt.isHeldBack = true;
         heldBack.push(plan.preempt);
@@ -293,7 +349,7 @@ export class ServingLoop {
       if (computed.length === 0) {
         const step = this.prepare(plan);
         for (const request of heldBack.splice(0)) request.isHeldBack = false;
-        if (step) return step;
+        if (step || isAhead) return step;
         if (plan.run.length > 0 || plan.slice) continue; // what was chosen failed
         const [stuck] = this.running;
         if (!stuck) return null;
@@ -302,6 +358,47 @@ export class ServingLoop {
       }
       for (const pending of computed) this.completeWithoutRun(pending);
     }
+  }
+
+  /**
+   * The step after one that is under way, where all that goes on from that one's results is foreseen to take the token that it samples. Who has to give up
+   * blocks, and what to do where nothing fits, is decided only when nothing is under way.
+   */
+  private planAhead(step: PlannedStep): PlannedStep | null {
+    if (step.slice || !this.canForesee(step)) return null;
+    for (let i = 0; i < step.whole.length; i++) this.foreseeAfter(step.whole[i]!, i);
+    const ahead = this.planStep(true);
+    for (const run of step.whole) if (run.foreseen?.pending.isUnderWay === false) this.forgetForeseen(run);
+    return ahead;
+  }
+
+  /** Whether every strategy that the step's results will resume has said what comes then. */
+  private canForesee({ whole }: PlannedStep): boolean {
+    for (const { pending } of whole) {
+      if (pending.op.next === undefined && isAwaited(pending) && isResumed(pending.request)) return false;
+    }
+    return true;
+  }
+
+  private foreseeAfter(run: PlannedRun, sampledBy: number): void {
+    const { pending, sequence } = run;
+    const { request, op } = pending;
+    if (!isAwaited(pending) || op.next === undefined || op.next === NOTHING_NEXT || !isResumed(request)) return;
+    const { position, want } = op.next;
+    const before = foresee(sequence, position);
+    const next = { sequence, tokens: NOT_KNOWN_YET, positions: [position], bidirectionalTokens: 0, want };
+    const following = new PendingRun(request, -1, next, sequence, this.blocks, this.contexts);
+    following.isAwaited = false;
+    following.sampledBy = sampledBy;
+    run.foreseen = { pending: following, before };
+    request.pending = request.pending.length === 0 ? [following] : [...request.pending, following];
+  }
+
+  private forgetForeseen(run: PlannedRun): void {
+    const { pending, before } = run.foreseen!;
+    forgetForeseen(run.sequence, before);
+    pending.request.pending = without(pending.request.pending, pending);
+    run.foreseen = null;
   }
 
   private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
@@ -336,7 +433,8 @@ export class ServingLoop {
         if (!source && sequence.settledTokens === 0 && sequence.contextKey !== null) this.contexts.missed();
         const { firstToken, blockCopies: copies } = prepareRun(sequence, this.blocks);
         for (const block of copies) blockCopies.push(block);
-        return { sequence, firstToken, pending, runTokens: sequence.length - firstToken };
+        this.setUnderWay(pending);
+        return { sequence, firstToken, pending, runTokens: sequence.length - firstToken, foreseen: null };
       } catch (error) {
         this.fail(request, error); // a defect of one request is no reason to end the others
         return null;
@@ -359,8 +457,10 @@ export class ServingLoop {
     let slice: PlannedStep['slice'] = null;
     if (plan.slice) {
       const extend = plan.slice.extend as PendingRun;
-      if (this.slice?.extend === extend) slice = { ...plan.slice, extend, run: this.slice.run, nextLayer: plan.slice.endLayer };
-      else if (extend.runTokens <= plan.slice.runTokens) {
+      if (this.slice?.extend === extend) {
+        this.setUnderWay(extend);
+        slice = { ...plan.slice, extend, run: this.slice.run, nextLayer: plan.slice.endLayer };
+      } else if (extend.runTokens <= plan.slice.runTokens) {
         // Less than planned where a preempted request found its context still computed.
         const { numLayers, stepTokens } = this.stepLimits;
         const run = prepareOne(extend);
@@ -377,6 +477,13 @@ export class ServingLoop {
     return { whole, slice, blockCopies };
   }
 
+  private setUnderWay(pending: PendingRun): void {
+    const { request } = pending;
+    pending.isUnderWay = true;
+    request.pending = without(request.pending, pending);
+    if (!pending.isAwaited) request.foreseen = [...request.foreseen, pending];
+  }
+
   private adopt(pending: PendingRun, blockCopies: number[]): void {
     const { request, sequence, source } = pending;
     this.contexts.used(sequence.contextKey!, source!);
@@ -390,8 +497,9 @@ export class ServingLoop {
     if (request.state !== 'running') return;
     try {
       if (pending.source) this.adopt(pending, this.carriedCopies);
+      request.pending = without(request.pending, pending);
       this.complete(pending, { kind: 'none' });
-      if (request.pending.length === 0) this.resume(request);
+      if (request.unanswered.length === 0) this.resume(request);
     } catch (error) {
       this.fail(request, error);
     }
@@ -400,7 +508,7 @@ export class ServingLoop {
   private toEngineStep({ whole, slice, blockCopies }: PlannedStep, nowMs: number) {
     const { numLayers } = this.engine.capacity;
     const toExtend = ({ sequence, firstToken, pending }: PlannedRun, firstLayer: number, endLayer: number) => {
-      pending.request.lastStep = this.totals.steps;
+      pending.request.lastStep = this.sentSteps;
       if (pending.request.firstStepMs === null) this.begin(pending.request, nowMs);
       const { op } = pending;
       const isNewOnly = sequence.length - firstToken === op.tokens.length; // nothing that was lost is computed again
@@ -413,6 +521,7 @@ export class ServingLoop {
         firstLayer,
         endLayer,
         want: op.want,
+        sampledBy: pending.sampledBy,
       };
     };
     const extendsOfStep = whole.map((run) => toExtend(run, 0, numLayers));
@@ -433,14 +542,19 @@ export class ServingLoop {
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 
     const isSliceDone = slice !== null && slice.endLayer === this.engine.capacity.numLayers;
-    this.slice = slice && !isSliceDone ? slice : null;
+    this.slice = slice && !isSliceDone && isAwaited(slice.extend) ? slice : null;
     const ran = slice ? [...whole, slice.run] : whole;
     for (let i = 0; i < ran.length; i++) {
       const run = ran[i]!;
       const { pending } = run;
       const { request } = pending;
-      if (request.state !== 'running') continue;
-      if (run === slice?.run && !isSliceDone) continue;
+      pending.isUnderWay = false;
+      if (!isAwaited(pending)) continue; // its request has ended, or its strategy went on otherwise than was foreseen
+      if (run === slice?.run && !isSliceDone) {
+        request.pending = [...request.pending, pending];
+        continue;
+      }
+      if (run.foreseen) takeForeseenToken(run.sequence); // the strategy gives it back, if it goes on
       applyRun(run, this.blocks);
       const result = results[i]!;
       if (result.kind === 'error') {
@@ -453,10 +567,10 @@ export class ServingLoop {
     }
     for (const { pending } of ran) {
       const { request } = pending;
-      if (request.state !== 'running' || request.appliedStep === this.totals.steps) continue;
+      if (!isAwaited(pending) || request.appliedStep === this.totals.steps) continue;
       request.appliedStep = this.totals.steps; // it may have several runs in the step
       request.busyMs += nowMs - startMs;
-      if (request.pending.length > 0) continue;
+      if (request.unanswered.length > 0) continue;
       if (request.results.some(carriesTokens)) this.observeTokens(request, nowMs);
       this.resume(request);
     }
@@ -465,7 +579,7 @@ export class ServingLoop {
   private complete(pending: PendingRun, result: ExtendResult): void {
     const { request } = pending;
     request.results[pending.index] = result;
-    request.pending = request.pending.length === 1 ? NO_RUNS : request.pending.filter((each) => each !== pending);
+    request.unanswered = without(request.unanswered, pending);
   }
 
   private observeTokens(request: ActiveRequest, nowMs: number): void {
@@ -532,7 +646,9 @@ export class ServingLoop {
     if (ops.length === 0) throw new Error('a strategy yielded no Extend');
     request.results = new Array<ExtendResult>(ops.length);
     // Most have one: a list that grows takes room for many.
-    request.pending = ops.length === 1 ? [this.takeOp(request, ops[0]!, 0)] : ops.map((op, i) => this.takeOp(request, op, i));
+    request.unanswered = ops.length === 1 ? [this.takeOp(request, ops[0]!, 0)] : ops.map((op, i) => this.takeOp(request, op, i));
+    request.pending = request.foreseen.length === 0 ? request.unanswered : request.unanswered.filter(({ isUnderWay }) => !isUnderWay);
+    request.foreseen = NO_RUNS; // what is left of them nobody will ask for
   }
 
   private takeOp(request: ActiveRequest, op: ExtendOp, index: number): PendingRun {
@@ -544,6 +660,7 @@ export class ServingLoop {
     if (sequence.length > this.limits.maxBatchTokens) {
       throw new InvalidRequestError(`a run of ${sequence.length} tokens, the server takes ${this.limits.maxBatchTokens} in one step`);
     }
+    for (const foreseen of request.foreseen) if (foreseen.op.want === op.want) return foreseen.come(op, index);
     return new PendingRun(request, index, op, sequence, this.blocks, this.contexts);
   }
 
@@ -609,11 +726,17 @@ export class ServingLoop {
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
   private async recover(step: PlannedStep, ended: EpochEndedError): Promise<void> {
     this.log.warn({ running: this.running.length, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
+    for (const run of step.whole) if (run.foreseen && isAwaited(run.pending)) forgetForeseen(run.sequence, run.foreseen.before);
     this.slice = null;
     this.carriedCopies = [];
     this.blocks.loseContents();
     this.contexts.clear();
     for (const request of this.byRequestId.values()) for (const sequence of request.sequences.values()) loseCache(sequence, this.blocks);
+    for (const request of this.running) {
+      for (const pending of request.unanswered) pending.isUnderWay = false;
+      request.pending = request.unanswered;
+      request.foreseen = NO_RUNS;
+    }
     const involved = new Set(requestsOf(step));
     for (const request of involved) {
       request.lostSteps += 1;
@@ -699,7 +822,9 @@ export class ServingLoop {
       releaseSequence(sequence, this.blocks, kept);
     }
     request.sequences.clear();
-    request.pending = [];
+    request.pending = NO_RUNS;
+    request.unanswered = NO_RUNS;
+    request.foreseen = NO_RUNS;
     if (request.deadline) clearTimeout(request.deadline);
     this.byRequestId.delete(job.requestId);
     this.queue.ended(request);
@@ -781,6 +906,31 @@ export class ServingLoop {
     }
     return list;
   }
+}
+
+async function isOverWithin(answer: Promise<unknown>, ms: number): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined;
+  const timeIsUp = new Promise<boolean>((resolve) => (timer = setTimeout(resolve, ms, false)));
+  const over = (): boolean => true;
+  const isOver = await Promise.race([answer.then(over, over), timeIsUp]);
+  clearTimeout(timer);
+  return isOver;
+}
+
+/** Whether somebody still waits for its result. */
+function isAwaited({ isAwaited: isYielded, request }: PendingRun): boolean {
+  return isYielded && request.state === 'running';
+}
+
+/** Whether its strategy goes on when the step under way has ended. */
+function isResumed({ unanswered }: ActiveRequest): boolean {
+  for (const { isUnderWay } of unanswered) if (!isUnderWay) return false;
+  return true;
+}
+
+function without(runs: readonly PendingRun[], run: PendingRun): readonly PendingRun[] {
+  if (runs.length === 1 && runs[0] === run) return NO_RUNS; // mostly
+  return runs.filter((each) => each !== run);
 }
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {

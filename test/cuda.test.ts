@@ -4,7 +4,16 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { ensureTinyStore } from '../model/tiny/tiny-model.js';
-import { equalTexts, forwardDistance, LEAST_AGREEMENT, quantisedDistance, RELATIVE_L2, tinyLogits, varianceOf } from './gpu/checks.js';
+import {
+  equalTexts,
+  forwardDistance,
+  LEAST_AGREEMENT,
+  quantisedDistance,
+  queuedSteps,
+  RELATIVE_L2,
+  tinyLogits,
+  varianceOf,
+} from './gpu/checks.js';
 import { RANDOM_MODELS } from './support/golden-data.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'tandem-cuda-'));
@@ -39,6 +48,10 @@ describe('the tiny model', () => {
 
   test('a row has the same bits alone, among others, in a long run and played again', async () => {
     expect(await varianceOf(await ensureTinyStore())).toEqual([]);
+  });
+
+  test.each([1, 2])('steps sent before those end that they go on from, %i rank(s)', async (worldSize) => {
+    expect(await queuedSteps(await ensureTinyStore(), worldSize)).toEqual([]);
   });
 
   test('texts through a server', async () => {

@@ -13,7 +13,7 @@ const TEXT = 'Anna had a dog named Lucky. One day, Lucky ran away. [gMASK]';
 let open: LocalCluster[] = [];
 
 async function start(options: Partial<LocalClusterOptions> = {}): Promise<LocalCluster> {
-  const cluster = await startLocalCluster({ model: null, worldSize: 2, logLevel: 'silent', ...options });
+  const cluster = await startLocalCluster({ model: null, worldSize: 2, logLevel: 'silent', flags: ['--run-ahead=on'], ...options });
   open.push(cluster);
   return cluster;
 }

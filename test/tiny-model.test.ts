@@ -20,14 +20,14 @@ const { cases } = readGolden<{ cases: GenerationCase[] }>('tiny/generations.json
 const BEAMS = { numBeams: 4, lengthPenalty: 1, noRepeatNgramSize: 3, deterministic: true };
 
 describe.each([
-  { worldSize: 1, kvDtype: 'fp32' as const, isa: 'generic' },
-  { worldSize: 2, kvDtype: 'fp16' as const, isa: 'auto' },
-  { worldSize: 4, kvDtype: 'fp16' as const, isa: 'auto' },
-])('$worldSize worker(s), $kvDtype cache, $isa kernels', ({ worldSize, kvDtype, isa }) => {
+  { worldSize: 1, kvDtype: 'fp32' as const, isa: 'generic', runAhead: 'on' },
+  { worldSize: 2, kvDtype: 'fp16' as const, isa: 'auto', runAhead: 'on' },
+  { worldSize: 4, kvDtype: 'fp16' as const, isa: 'auto', runAhead: 'off' },
+])('$worldSize worker(s), $kvDtype cache, $isa kernels, running ahead $runAhead', ({ worldSize, kvDtype, isa, runAhead }) => {
   let cluster: LocalCluster;
   let client: TandemClient;
   beforeAll(async () => {
-    cluster = await startLocalCluster({ model: null, worldSize, engine: { kvDtype, isa } });
+    cluster = await startLocalCluster({ model: null, worldSize, engine: { kvDtype, isa }, flags: [`--run-ahead=${runAhead}`] });
     client = cluster.client;
   });
   afterAll(() => cluster?.close());
@@ -90,7 +90,7 @@ test('logits of the last four positions', async () => {
 describe('the same request gives the same tokens', () => {
   let cluster: LocalCluster;
   beforeAll(async () => {
-    cluster = await startLocalCluster({ model: null, worldSize: 2 });
+    cluster = await startLocalCluster({ model: null, worldSize: 2, flags: ['--run-ahead=on'] });
   });
   afterAll(() => cluster?.close());
 

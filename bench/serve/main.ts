@@ -7,6 +7,7 @@ import { hideBin } from 'yargs/helpers';
 import { describeError } from '../../cli/describe-error.js';
 import { formatTable } from '../../cli/format.js';
 import { ConfigError } from '../../common/errors.js';
+import { ahead } from './ahead.js';
 import { coordinator } from './coordinator.js';
 import { equal } from './equal.js';
 import { fairness } from './fairness.js';
@@ -16,7 +17,7 @@ import { SkippedError, type BenchContext, type Part, type PartReport } from './p
 import { streams } from './streams.js';
 import { vanish } from './vanish.js';
 
-const PARTS: readonly Part[] = [streams, coordinator, memory, longPrompt, vanish, equal, fairness];
+const PARTS: readonly Part[] = [streams, ahead, coordinator, memory, longPrompt, vanish, equal, fairness];
 const names = PARTS.map(({ name }) => name);
 
 const options = await yargs(hideBin(process.argv))

@@ -5,6 +5,7 @@ import type { CommandModule, Options } from 'yargs';
 import { parseCpuList } from '../../common/cpu-list.js';
 import { ConfigError } from '../../common/errors.js';
 import { LOG_LEVELS, type LogLevel } from '../../common/log.js';
+import type { ServeOptions } from '../../coordinator/main.js';
 import { DEFAULT_STEP_TOKENS, type LimitName, LIMITS, limitsFrom } from '../../coordinator/limits.js';
 import { describeGpu, nativeBuild } from '../../worker/engine.js';
 import { DEFAULT_ADDRESS } from '../default-address.js';
@@ -28,6 +29,7 @@ interface FlagArgs extends EngineArgs {
   tlsKey: string | undefined;
   clientCa: string | undefined;
   maxStepTokens: number;
+  runAhead: ServeOptions['runAhead'];
   contextCacheBlocks: number | undefined;
   otlpEndpoint: string | undefined;
   worldSize: number;
@@ -83,6 +85,13 @@ const FLAGS: Readonly<Record<string, Options>> = {
     default: DEFAULT_STEP_TOKENS,
     describe: 'Tokens of one step; a longer prompt goes through the layers in several, so that others keep decoding (0: never)',
   }),
+  'run-ahead': {
+    choices: ['auto', 'on', 'off'],
+    requiresArg: true,
+    default: 'auto',
+    describe:
+      'Send a step while the one before it runs, where what it needs can be foreseen (auto: where a CPU is left for it, or on GPUs)',
+  },
   'context-cache-blocks': wholeNumber('context-cache-blocks', {
     min: 0,
     describe: 'KV blocks that keep contexts nobody uses at the moment (default: half of all)',
@@ -146,6 +155,7 @@ export const serveCommand: CommandModule<unknown, ServeArgs> = {
       },
       limits: limitsFrom(args),
       maxStepTokens: args.maxStepTokens,
+      runAhead: args.runAhead,
       contextCacheBlocks: args.contextCacheBlocks ?? null,
       otlpEndpoint: args.otlpEndpoint ?? null,
       kvBlocks: args.kvBlocks ?? null,

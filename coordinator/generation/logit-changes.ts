@@ -9,8 +9,10 @@ const NONE: Changes = { biasTokens: [], biases: [], repetitionPenalty: 1, repeat
 export class LogitChanges {
   private readonly counts = new Map<number, number>();
   private readonly repeated: Set<number>;
+  /** They are the same whatever tokens come. */
+  readonly areKnown: boolean;
   /** Nothing is changed, whatever comes. */
-  readonly isOff: boolean;
+  private readonly isOff: boolean;
 
   constructor(
     private readonly request: Pick<GenerationRequest, 'logitBias' | 'penalties'>,
@@ -18,12 +20,13 @@ export class LogitChanges {
   ) {
     const { presence, frequency, repetition } = request.penalties;
     this.repeated = new Set(repetition === 1 ? [] : prompt);
-    this.isOff = request.logitBias.length === 0 && presence === 0 && frequency === 0 && repetition === 1;
+    this.areKnown = presence === 0 && frequency === 0 && repetition === 1;
+    this.isOff = this.areKnown && request.logitBias.length === 0;
   }
 
   /** A token was generated. */
   count(token: number): void {
-    if (this.isOff) return;
+    if (this.areKnown) return;
     this.counts.set(token, (this.counts.get(token) ?? 0) + 1);
     if (this.request.penalties.repetition !== 1) this.repeated.add(token);
   }

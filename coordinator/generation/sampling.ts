@@ -4,7 +4,16 @@ import { prefill } from './prefill.js';
 import { BlankText, type FinalPart } from './blank-text.js';
 import type { LogitChanges } from './logit-changes.js';
 import type { FinishReason, TokenLogprob } from './request.js';
-import type { ExtendResult, Sequence, Sequences, StepSampling, Strategy, Want } from './strategy.js';
+import {
+  NOTHING_NEXT,
+  type ExtendOp,
+  type ExtendResult,
+  type Sequence,
+  type Sequences,
+  type StepSampling,
+  type Strategy,
+  type Want,
+} from './strategy.js';
 
 export interface Span {
   readonly context: BlankContext;
@@ -54,7 +63,11 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
   let finish: FinishReason = 'length';
   let draws = 0;
   const want = wantsOf(span);
-  let op = prefill(sequence, span.context, want(0), cached);
+  const next = (draw: number): ExtendOp['next'] => {
+    if (draw === span.maxNewTokens) return NOTHING_NEXT;
+    return span.logitChanges.areKnown ? { position: span.context.positionOf(draw - 1), want: want(draw) } : undefined;
+  };
+  let op: ExtendOp = { ...prefill(sequence, span.context, want(0), cached), next: next(1) };
   while (true) {
     const results = yield [op];
     const result = results[0]; // a pattern would take an iterator
@@ -71,9 +84,9 @@ export function* sampleSpan(sequences: Sequences, sequence: Sequence, cached: nu
       finish = 'stop';
       break;
     }
-    if (draws === span.maxNewTokens) break;
-    const positions = [span.context.positionOf(draws - 1)];
-    op = { sequence, tokens: [result.token], positions, bidirectionalTokens: 0, want: want(draws) };
+    if (op.next === NOTHING_NEXT) break;
+    const { position, want: wanted } = op.next ?? { position: span.context.positionOf(draws - 1), want: want(draws) };
+    op = { sequence, tokens: [result.token], positions: [position], bidirectionalTokens: 0, want: wanted, next: next(draws + 1) };
   }
   sequences.release(sequence);
   if (finish !== 'stop') {
@@ -94,7 +107,7 @@ function wantsOf(span: Span): (draw: number) => Want {
     return { temperature, topK, topP, bannedTokens: banned, biasTokens, biases, repetitionPenalty, repeatedTokens };
   };
   const withoutEnd = [...bannedTokens, ...endTokens];
-  const unchanging = logitChanges.isOff ? paramsFor(bannedTokens) : null;
+  const unchanging = logitChanges.areKnown ? paramsFor(bannedTokens) : null;
   return (draw) => {
     const params = draw < minNewTokens ? paramsFor(withoutEnd) : (unchanging ?? paramsFor(bannedTokens));
     return { kind: 'sample', params, noise: { seed, stream, position: firstDraw + draw }, topLogprobs };

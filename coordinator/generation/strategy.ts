@@ -27,7 +27,21 @@ export interface ExtendOp {
   /** Token i of the run sees all earlier tokens of the sequence and run tokens j with j <= i or j < bidirectionalTokens. */
   readonly bidirectionalTokens: number;
   readonly want: Want;
+  /**
+   * What comes of the sequence once the sample that is wanted is there, as far as it can be said before; not given: it cannot. The next step
+   * may then be on its way already when the sample comes.
+   */
+  readonly next?: NextExtend | typeof NOTHING_NEXT | undefined;
 }
+
+/** The strategy goes on with the drawn token alone, at this position and with this very want; or it ends or releases the sequence. */
+export interface NextExtend {
+  readonly position: number;
+  readonly want: Want;
+}
+
+/** Whatever the sample is, the sequence is not extended by it. */
+export const NOTHING_NEXT = 'nothing';
 
 export type Want =
   | { readonly kind: 'none' }

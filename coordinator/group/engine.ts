@@ -3,7 +3,10 @@ import type { ExtendResult, Want } from '../generation/strategy.js';
 
 export interface Engine {
   readonly capacity: EngineCapacity;
-  /** Runs one step on all ranks; results in the order of the Extends. Rejects with {@link EpochEndedError} or an EngineError. */
+  /**
+   * Runs one step on all ranks; results in the order of the Extends. Rejects with {@link EpochEndedError} or an EngineError. One more step may be sent
+   * while one runs: it runs after it. What was sent is read before this returns.
+   */
   step(step: EngineStep): Promise<EngineStepResult>;
   /** Resolves when steps can run; rejects with a WorkerLostError when they never will again. */
   ready(): Promise<void>;
@@ -38,6 +41,8 @@ export interface EngineExtend {
   readonly firstLayer: number;
   readonly endLayer: number;
   readonly want: Want;
+  /** Which Extend of the step before draws this run's one token: `tokens` then has something else in its place. -1: none. */
+  readonly sampledBy: number;
 }
 
 export interface EngineStepResult {

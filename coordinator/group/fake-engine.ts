@@ -10,6 +10,10 @@ export class FakeEngine implements Engine {
   private readonly tokens: Uint32Array;
   private readonly positions: Uint32Array;
   private steps = 0;
+  private epoch = 1;
+  private underWay: Promise<unknown> = Promise.resolve();
+  /** Of the last step. */
+  private results: readonly ExtendResult[] = [];
   private carry: { readonly extend: EngineExtend; readonly nextLayer: number } | null = null;
   readonly capacity: EngineCapacity;
   /** The Extends of every step, for tests of what was batched. */
@@ -32,32 +36,51 @@ export class FakeEngine implements Engine {
     this.positions = new Uint32Array(kvBlocks * blockSize);
   }
 
-  async step(step: EngineStep): Promise<EngineStepResult> {
+  step(given: EngineStep): Promise<EngineStepResult> {
+    const step = copyOf(given); // its owner goes on with what it has of it
+    const { epoch } = this;
+    const answer = this.underWay.then(() => this.run(step, epoch));
+    this.underWay = answer.catch(() => {});
+    return answer;
+  }
+
+  private async run(step: EngineStep, epoch: number): Promise<EngineStepResult> {
     await new Promise((resolve) => setImmediate(resolve)); // as long as other events take, like a real step
+    if (epoch < this.epoch) throw new EpochEndedError('a rank was lost in the step before (fake)');
     this.steps += 1;
     if (this.options.lostSteps?.has(this.steps)) {
       this.tokens.fill(0xdead);
       this.positions.fill(0xdead);
       this.carry = null;
+      this.results = [];
+      this.epoch += 1;
       throw new EpochEndedError('a rank was lost (fake)');
     }
-    const runTokens = step.extends.reduce((sum, { tokens }) => sum + tokens.length, 0);
+    const all = step.extends.map((extend) => this.withSample(extend));
+    const runTokens = all.reduce((sum, { tokens }) => sum + tokens.length, 0);
     if (runTokens > this.options.maxBatchTokens) throw new Error(`a step of ${runTokens} tokens`);
-    this.history.push(step.extends);
-    this.refuseSharedWrites(step.extends);
+    this.history.push(all);
+    this.refuseSharedWrites(all);
     this.copyBlocks(step.blockCopies);
-    const whole = step.extends.map((extend) => this.goesThrough(extend));
-    step.extends.forEach((extend, i) => whole[i] && this.write(extend));
-    return {
-      results: step.extends.map((extend, i): ExtendResult => (whole[i] ? this.evaluate(extend) : { kind: 'none' })),
-      ranks: [{ computeMs: 1, collectiveMs: 0 }],
-      evaluateMs: 0,
-      codecMs: 0,
-    };
+    const whole = all.map((extend) => this.goesThrough(extend));
+    all.forEach((extend, i) => whole[i] && this.write(extend));
+    this.results = all.map((extend, i): ExtendResult => (whole[i] ? this.evaluate(extend) : { kind: 'none' }));
+    return { results: this.results, ranks: [{ computeMs: 1, collectiveMs: 0 }], evaluateMs: 0, codecMs: 0 };
   }
 
   async ready(): Promise<void> {}
   async close(): Promise<void> {}
+
+  private withSample(extend: EngineExtend): EngineExtend {
+    if (extend.sampledBy < 0) return extend;
+    const sample = this.results[extend.sampledBy];
+    if (extend.tokens.length !== 1 || sample?.kind !== 'sample') {
+      throw new Error(
+        `a run of ${extend.tokens.length} tokens goes on from Extend ${extend.sampledBy} of the step before, which gave ${sample?.kind}`,
+      );
+    }
+    return { ...extend, tokens: [sample.token] };
+  }
 
   /** Whether the Extend has now been through all layers; one that goes through them in several steps has to be the same each time. */
   private goesThrough(extend: EngineExtend): boolean {
@@ -130,6 +153,18 @@ export class FakeEngine implements Engine {
     const length = extend.cachedTokens + extend.tokens.length;
     return answer(want, (back) => this.hash(extend, length - back), this.options.vocabSize);
   }
+}
+
+function copyOf({ blockCopies, extends: all }: EngineStep): EngineStep {
+  return {
+    blockCopies: [...blockCopies],
+    extends: all.map((extend) => ({
+      ...extend,
+      tokens: Array.from(extend.tokens),
+      positions: Array.from(extend.positions),
+      blockTable: Array.from(extend.blockTable),
+    })),
+  };
 }
 
 /** @param hashAt hash of what the row `back` rows before the last one sees */

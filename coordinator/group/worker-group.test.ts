@@ -103,6 +103,7 @@ const sampleStep: EngineStep = {
       firstLayer: 0,
       endLayer: 4,
       want: { kind: 'sample', params, noise, topLogprobs: 1 },
+      sampledBy: -1,
     },
   ],
 };
@@ -213,6 +214,52 @@ test('a rank that does not answer a step in time is named and to blame', async (
     [0, false],
     [1, true],
   ]);
+});
+
+test('two steps may be under way, a third may not; a rank may be through with both before another is with the first', async () => {
+  const [first, second] = bothReady();
+  const done: number[] = [];
+  const steps = [1, 2].map((number) => group.step(sampleStep).then(() => done.push(number)));
+  expect(() => group.step(sampleStep)).toThrow('2 steps are under way');
+  for (const stepId of [1, 2]) second.say(answer(stepId, []));
+  first.say(answer(1, [sampleResult]));
+  await steps[0];
+  expect(done).toEqual([1]);
+  first.say(answer(2, [sampleResult]));
+  await steps[1];
+  expect(done).toEqual([1, 2]);
+});
+
+test('the time of a step begins when the one before it has ended', async () => {
+  const [first, second] = bothReady();
+  const alive = async (ms: number): Promise<void> => {
+    for (let i = 0; i < ms / HEARTBEAT_MS; i++) {
+      for (const link of [first, second]) link.say({ heartbeat: { epoch: 1, lastStep: 1, memory: null } });
+      await vi.advanceTimersByTimeAsync(HEARTBEAT_MS);
+    }
+  };
+  const steps = [group.step(sampleStep), group.step(sampleStep)];
+  const ended = expect(steps[1]).rejects.toThrow(`step 2: no result from rank 0 within ${STEP_TIMEOUT_MS} ms`);
+  await alive(STEP_TIMEOUT_MS - HEARTBEAT_MS);
+  second.say(answer(1, []));
+  second.say(answer(2, []));
+  first.say(answer(1, [sampleResult]));
+  await steps[0];
+  await alive(STEP_TIMEOUT_MS - HEARTBEAT_MS);
+  expect(dismissed).toEqual([]);
+  await alive(HEARTBEAT_MS);
+  await ended;
+  expect(dismissed).toEqual([
+    [0, true],
+    [1, false],
+  ]);
+});
+
+test('all steps under way are lost with a rank', async () => {
+  const [, second] = bothReady();
+  const steps = [group.step(sampleStep), group.step(sampleStep)];
+  second.emit('cancelled');
+  for (const step of steps) await expect(step).rejects.toThrow(EpochEndedError);
 });
 
 test.each([

@@ -73,8 +73,10 @@ interface StepUnderWay {
   readonly encodeMs: number;
   readonly resolve: (result: EngineStepResult) => void;
   readonly reject: (error: Error) => void;
-  readonly timer: NodeJS.Timeout;
 }
+
+/** The one that runs, and one behind it. */
+const MOST_STEPS_UNDER_WAY = 2;
 
 /**
  * The engine over all ranks of one model replica. Workers dial in; when all ranks are there an epoch begins: each gets its
@@ -90,7 +92,10 @@ export class WorkerGroup implements Engine {
   private lastEnd = '';
   private readonly watch: NodeJS.Timeout;
   private nextStepId = 1;
-  private underWay: StepUnderWay | null = null;
+  /** Oldest first. */
+  private readonly underWay: StepUnderWay[] = [];
+  /** Of the oldest step under way. */
+  private stepTimer: NodeJS.Timeout | null = null;
   private failure: Error | null = null;
   private waiters: { resolve: () => void; reject: (error: Error) => void }[] = [];
   /** Rejects when no further epoch will begin. */
@@ -148,14 +153,14 @@ export class WorkerGroup implements Engine {
   step(step: EngineStep): Promise<EngineStepResult> {
     if (this.failure) return Promise.reject(this.failure);
     if (!this.isReady) return Promise.reject(new EpochEndedError('the group is not complete'));
-    if (this.underWay) throw new Error('a step is under way');
+    if (this.underWay.length === MOST_STEPS_UNDER_WAY) throw new Error(`${MOST_STEPS_UNDER_WAY} steps are under way`);
     const startMs = performance.now();
     const stepId = this.nextStepId++;
     const message: CoordinatorMessage = { step: encodeStep(stepId, step) };
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => this.endEpoch(this.describeSilence(stepId), this.silentRanks()), this.options.stepTimeoutMs);
       const encodeMs = performance.now() - startMs;
-      this.underWay = { stepId, results: this.ranks.map(() => null), wants: step, encodeMs, resolve, reject, timer };
+      this.underWay.push({ stepId, results: this.ranks.map(() => null), wants: step, encodeMs, resolve, reject });
+      if (this.underWay.length === 1) this.watchOldestStep();
       for (const rank of this.ranks) rank!.link.write(message);
     });
   }
@@ -236,8 +241,9 @@ export class WorkerGroup implements Engine {
     return null;
   }
 
-  private deviceKind(): 'cpu' | 'cuda' {
-    return this.ranks.some((rank) => isGpu(rank!.hello)) ? 'cuda' : 'cpu';
+  /** Of all ranks that are there. */
+  get deviceKind(): 'cpu' | 'cuda' {
+    return this.ranks.some((rank) => rank !== null && isGpu(rank.hello)) ? 'cuda' : 'cpu';
   }
 
   private beginEpoch(): void {
@@ -245,7 +251,7 @@ export class WorkerGroup implements Engine {
     const memory = Math.min(...this.ranks.map((rank) => Number(rank!.hello.totalMemoryBytes)));
     if (this.kvBlocks === 0) {
       try {
-        this.kvBlocks = options.kvBlocks(memory, this.deviceKind());
+        this.kvBlocks = options.kvBlocks(memory, this.deviceKind);
       } catch (error) {
         this.failWith(error as Error);
         return;
@@ -306,39 +312,48 @@ export class WorkerGroup implements Engine {
   }
 
   private takeResult(index: number, result: StepResult__Output): void {
-    const { underWay } = this;
-    if (underWay?.stepId !== result.stepId) return; // of a step that has failed already
-    underWay.results[index] = result;
-    if (underWay.results.some((each) => each === null)) return;
-    const [first] = underWay.results;
+    const step = this.underWay.find(({ stepId }) => stepId === result.stepId);
+    if (!step) return; // of an epoch that has ended
+    step.results[index] = result;
+    // A rank may be through with the second one before another is with the first.
+    while (this.underWay[0]?.results.every((each) => each !== null)) this.finishOldestStep();
+  }
+
+  private finishOldestStep(): void {
+    const step = this.underWay[0]!;
+    const [first] = step.results;
     const startMs = performance.now();
     let results: ExtendResult[] = [];
     try {
-      if (!first!.error) results = decodeResults(first!.body, underWay.wants.extends, this.options);
+      if (!first!.error) results = decodeResults(first!.body, step.wants.extends, this.options);
     } catch (error) {
       this.endEpoch(`rank 0: ${(error as Error).message}`, [0]);
       return;
     }
-    this.underWay = null;
-    clearTimeout(underWay.timer);
+    this.underWay.shift();
+    this.watchOldestStep();
     if (first!.error) {
-      underWay.reject(new EngineError(first!.error));
+      step.reject(new EngineError(first!.error));
       return;
     }
-    underWay.resolve({
+    step.resolve({
       results,
-      ranks: underWay.results.map((each) => ({ computeMs: each!.computeMicros / 1000, collectiveMs: each!.collectiveMicros / 1000 })),
+      ranks: step.results.map((each) => ({ computeMs: each!.computeMicros / 1000, collectiveMs: each!.collectiveMicros / 1000 })),
       evaluateMs: first!.evaluateMicros / 1000,
-      codecMs: underWay.encodeMs + performance.now() - startMs,
+      codecMs: step.encodeMs + performance.now() - startMs,
     });
   }
 
-  private silentRanks(): number[] {
-    return this.underWay!.results.flatMap((result, rank) => (result === null ? [rank] : []));
-  }
-
-  private describeSilence(stepId: number): string {
-    return `step ${stepId}: no result from rank ${this.silentRanks().join(', ')} within ${this.options.stepTimeoutMs} ms`;
+  /** A step's time begins when the one before it has ended. */
+  private watchOldestStep(): void {
+    if (this.stepTimer) clearTimeout(this.stepTimer);
+    const [oldest] = this.underWay;
+    const { stepTimeoutMs } = this.options;
+    const end = ({ stepId, results }: StepUnderWay): void => {
+      const silent = results.flatMap((result, rank) => (result === null ? [rank] : []));
+      this.endEpoch(`step ${stepId}: no result from rank ${silent.join(', ')} within ${stepTimeoutMs} ms`, silent);
+    };
+    this.stepTimer = oldest ? setTimeout(end, stepTimeoutMs, oldest) : null;
   }
 
   private endEpoch(reason: string, culprits: readonly number[] = []): void {
@@ -355,12 +370,9 @@ export class WorkerGroup implements Engine {
       this.ranks[index] = null;
       this.options.onDismissed(index, culprits.includes(index));
     });
-    const { underWay } = this;
-    if (underWay) {
-      this.underWay = null;
-      clearTimeout(underWay.timer);
-      underWay.reject(this.failure ?? new EpochEndedError(reason));
-    }
+    const lost = this.underWay.splice(0);
+    this.watchOldestStep();
+    for (const { reject } of lost) reject(this.failure ?? new EpochEndedError(reason));
   }
 }
 

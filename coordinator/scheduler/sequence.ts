@@ -74,6 +74,38 @@ export function appendTokens(sequence: SequenceState, op: ExtendOp): void {
   }
 }
 
+/** What {@link foresee} changed: how much was computed and in the caches. */
+export interface BeforeForeseen {
+  readonly cachedTokens: number;
+  readonly settledTokens: number;
+}
+
+/**
+ * The run of all that is not cached is under way, and one token more is to follow it, which is not known yet: takes the one for done and adds a
+ * placeholder for the other. {@link forgetForeseen} takes both back.
+ */
+export function foresee(sequence: SequenceState, position: number): BeforeForeseen {
+  const { cachedTokens, settledTokens } = sequence;
+  sequence.cachedTokens = sequence.length;
+  sequence.settledTokens = sequence.length;
+  sequence.tokens.push(0);
+  sequence.positions.push(position);
+  return { cachedTokens, settledTokens };
+}
+
+/** Before the run that was under way is applied (it is the one that says how much is computed). */
+export function takeForeseenToken(sequence: SequenceState): void {
+  sequence.tokens.pop();
+  sequence.positions.pop();
+}
+
+/** Blocks that were made ready for the token stay: one of the next tokens needs them, or they go with the sequence. */
+export function forgetForeseen(sequence: SequenceState, { cachedTokens, settledTokens }: BeforeForeseen): void {
+  takeForeseenToken(sequence);
+  sequence.cachedTokens = cachedTokens;
+  sequence.settledTokens = settledTokens;
+}
+
 /** A sequence with the same history that shares the parent's blocks. */
 export function forkSequence(id: number, parent: SequenceState, blocks: BlockManager): SequenceState {
   if (parent.settledTokens !== parent.length) throw new Error('fork of a sequence with an Extend under way');
@@ -100,9 +132,9 @@ export function releaseSequence(sequence: SequenceState, blocks: BlockManager, f
   sequence.settledTokens = 0;
 }
 
-/** Blocks that {@link prepareRun} appends. */
+/** Blocks that {@link prepareRun} appends: none where a token that was foreseen has left one. */
 export function newBlocks(sequence: SequenceState, blockSize: number): number {
-  return Math.ceil(sequence.length / blockSize) - sequence.blocks.length;
+  return Math.max(0, Math.ceil(sequence.length / blockSize) - sequence.blocks.length);
 }
 
 /** The block that the next run writes new tokens into, if other sequences hold it too; else -1. */

@@ -53,12 +53,14 @@ class Runtime {
 template <typename Result>
 class AsyncCall final : public SettlingTask {
  public:
-  using Work = std::function<Result()>;                             // on the native thread
+  // On the native thread. Nothing yet: it is called once more, on the thread for what takes longer.
+  using Work = std::function<std::optional<Result>()>;
   using Convert = std::function<Napi::Value(Napi::Env, Result&)>;  // on the JavaScript thread
 
-  // Posts the call to `thread`, which a watched owner stops. `work` keeps alive what it uses.
-  static Napi::Value Start(Napi::Env env, const std::shared_ptr<Runtime>& runtime, TaskThread& thread, Work work, Convert convert) {
-    auto call = std::unique_ptr<AsyncCall>(new AsyncCall(env, runtime, std::move(work), std::move(convert)));
+  // Posts the call to `thread`, which a watched owner stops, as it then does `longer`. `work` keeps alive what it uses.
+  static Napi::Value Start(Napi::Env env, const std::shared_ptr<Runtime>& runtime, TaskThread& thread, Work work, Convert convert,
+                           TaskThread* longer = nullptr) {
+    auto call = std::unique_ptr<AsyncCall>(new AsyncCall(env, runtime, std::move(work), std::move(convert), longer));
     const Napi::Promise promise = call->deferred_.Promise();
     runtime->Begin(env);
     thread.Post(std::move(call));
@@ -66,15 +68,20 @@ class AsyncCall final : public SettlingTask {
   }
 
  private:
-  AsyncCall(Napi::Env env, std::shared_ptr<Runtime> runtime, Work work, Convert convert)
-      : deferred_(Napi::Promise::Deferred::New(env)), runtime_(std::move(runtime)), work_(std::move(work)), convert_(std::move(convert)) {}
+  AsyncCall(Napi::Env env, std::shared_ptr<Runtime> runtime, Work work, Convert convert, TaskThread* longer)
+      : deferred_(Napi::Promise::Deferred::New(env)),
+        runtime_(std::move(runtime)),
+        work_(std::move(work)),
+        convert_(std::move(convert)),
+        longer_(longer) {}
 
   void Run() override {
     try {
-      result_.emplace(work_());
+      result_ = work_();
     } catch (...) {
       error_ = std::current_exception();
     }
+    if (!result_ && !error_) return longer_->Post(std::unique_ptr<Task>(this));
     runtime_->Return(this);
   }
 
@@ -91,6 +98,7 @@ class AsyncCall final : public SettlingTask {
   std::shared_ptr<Runtime> runtime_;
   Work work_;
   Convert convert_;
+  TaskThread* longer_;
   std::optional<Result> result_;
   std::exception_ptr error_;
 };

@@ -84,10 +84,10 @@ async function withGroup(options: GroupOptions, body: (run: (step: StepInput) =>
   const ranks = await Promise.all(
     Array.from({ length: options.worldSize ?? 1 }, (_, rank) => native.createEngine(engineOptions(options, rank, name))),
   );
-  let stepId = 0;
+  let steps = 0;
   const run = async (input: StepInput): Promise<DecodedResult> => {
     const body = bodyOf(input);
-    stepId += 1;
+    const stepId = ++steps;
     const [first, ...others] = await Promise.all(ranks.map((rank) => decoded(rank.step(stepId, body))));
     for (const other of others) expect(other.results).toEqual([]);
     expect(first!.stepId).toBe(stepId);
@@ -126,6 +126,7 @@ function extend(run: ReferenceRun, blockTable: readonly number[], cachedTokens: 
     firstLayer: 0,
     endLayer: smallConfig.numLayers,
     want,
+    sampledBy: -1,
   };
 }
 
@@ -501,6 +502,65 @@ describe('layer slices', () => {
       await refused(part(2, 3), 'extends[0].firstLayer: 2, the run under way goes on at layer 1');
       expect(logitsOf(await run({ extends: [part(1, numLayers)] }))).toEqual(expected);
       await refused(part(1, 2), 'extends[0].firstLayer: 1, but no run is under way; begin one at layer 0');
+    });
+  });
+});
+
+describe('a token that the step before samples', () => {
+  const sample = (position: number): StepWant => ({ kind: 'sample', params: { ...params, temperature: 8 }, noise: { ...noise, position }, topLogprobs: 2 });
+  const contexts = [24, 25].map((seed) => randomRuns(seed, 7, 0)[0]!);
+  const next = (sequence: number, step: number, token: number, sampledBy: number): StepExtend => {
+    const run = { tokens: [token], positions: [contexts[sequence]!.positions.at(-1)! + step], bidirectionalTokens: 0 };
+    return { ...extend(run, blocks(4 * sequence, 7 + step), 6 + step, sample(2 * step + sequence)), sampledBy };
+  };
+  const first: StepInput = { extends: contexts.map((context, sequence) => extend(context, blocks(4 * sequence, 7), 0, sample(sequence))) };
+  /** Of three steps behind the first, the sequences in another order each time. */
+  const orders = [
+    [0, 1],
+    [1, 0],
+    [0, 1],
+  ];
+
+  test.each([1, 2])('is the one that it drew, whether the step is sent before or after: world size %i', async (worldSize) => {
+    await withGroup({ worldSize }, async (run) => {
+      const known = [await run(first)];
+      for (const [i, order] of orders.entries()) {
+        const token = (sequence: number): number => {
+          const result = known[i]!.results[i === 0 ? sequence : orders[i - 1]!.indexOf(sequence)]!;
+          return result.kind === 'sample' ? result.token : -1;
+        };
+        known.push(await run({ extends: order.map((sequence) => next(sequence, i + 1, token(sequence), -1)) }));
+      }
+      const ahead = await Promise.all([
+        run(first),
+        ...orders.map((order, i) =>
+          run({ extends: order.map((sequence) => next(sequence, i + 1, 0, i === 0 ? sequence : orders[i - 1]!.indexOf(sequence))) }),
+        ),
+      ]);
+      expect(ahead.map(({ results }) => results)).toEqual(known.map(({ results }) => results));
+      expect(new Set(ahead.flatMap(({ results }) => results.map((each) => each.kind === 'sample' && each.token))).size).toBeGreaterThan(2);
+    });
+  });
+
+  test('is refused where there is none, on every rank', async () => {
+    const none = { ...first, extends: [{ ...first.extends[0]!, want: { kind: 'none' as const } }, first.extends[1]!] };
+    const two = { ...next(0, 1, 0, 1), tokens: Uint32Array.of(1, 2), positions: Uint32Array.of(1, 2) };
+    await withGroup({ worldSize: 2 }, async (run, ranks) => {
+      const refused = async (extended: StepExtend, message: string): Promise<void> => {
+        for (const rank of ranks) {
+          const error: unknown = await rank.step(1, bodyOf({ extends: [extended] })).catch((reason: unknown) => reason);
+          expect((error as Error).message).toBe(message);
+          expect(nativeErrorCode(error)).toBe('INVALID_ARGUMENT');
+        }
+      };
+      await refused(next(0, 1, 0, 0), 'extends[0].sampledBy: 0, the step before had 0 Extends');
+      await run(none);
+      await refused(next(0, 1, 0, 0), 'extends[0].sampledBy: 0, which drew no sample in the step before');
+      await refused(next(1, 1, 0, 1), 'extends[0].sampledBy: 1, the step before had 0 Extends'); // it was refused
+      await run(none);
+      await refused(two, 'extends[0].sampledBy: is given for a run of 2 tokens, a sample is one');
+      await run(none);
+      expect((await run({ extends: [next(1, 1, 0, 1)] })).results).toMatchObject([{ kind: 'sample' }]);
     });
   });
 });

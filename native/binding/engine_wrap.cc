@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "core/error.h"
@@ -10,7 +11,7 @@
 
 namespace tandem {
 
-// An engine on its own thread. Load, Run and Unload are for that thread. The last reference to it is dropped on the JavaScript thread, where calls are
+// An engine on its own thread. Load, Begin and Unload are for that thread. The last reference to it is dropped on the JavaScript thread, where calls are
 // settled and objects collected: it waits for the thread, which has nothing to do then.
 class EngineThread final : public Stoppable {
  public:
@@ -23,8 +24,15 @@ class EngineThread final : public Stoppable {
     return engine_->memory();
   }
 
-  EncodedStepResult Run(const Step& step) {
-    const StepResult result = engine_->Run(step);
+  // Nothing: it has begun, and End is for the other thread.
+  std::optional<EncodedStepResult> Begin(Step step, std::unique_ptr<Engine::UnderWay>& under_way) {
+    under_way = engine_->Begin(std::move(step));
+    if (!under_way->has_ended()) return std::nullopt;
+    return End(std::move(under_way));
+  }
+
+  EncodedStepResult End(std::unique_ptr<Engine::UnderWay> under_way) {
+    const StepResult result = under_way->engine().End(*under_way);
     return {result.step_id, EncodeResults(result.results), result.compute_micros, result.collective_micros, result.evaluate_micros};
   }
 
@@ -43,15 +51,19 @@ class EngineThread final : public Stoppable {
   void Stop() override {
     Abort();
     thread_.Stop();
+    ends_.Stop();
   }
 
   TaskThread& thread() { return thread_; }
+  TaskThread& ends() { return ends_; }
 
  private:
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;  // Abort comes from another thread than the one that loads and unloads
   std::unique_ptr<Engine> engine_;
-  TaskThread thread_;  // last: gone before what it works on
+  // Last: gone before what they work on. Steps that the first one has begun, and that go on while it begins others, end on the second one.
+  TaskThread ends_;
+  TaskThread thread_;
 };
 
 struct EngineWrap::Loaded {
@@ -108,10 +120,18 @@ EngineWrap::EngineWrap(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Engine
 Napi::Value EngineWrap::StepMethod(const Napi::CallbackInfo& info) {
   try {
     if (engine_ == nullptr) throw Error(ErrorCode::kAborted, "the engine was disposed of");
-    auto step = std::make_shared<const Step>(StepFromJs(info[0], info[1]));
-    const auto run = [engine = engine_, step] { return engine->Run(*step); };
-    return AsyncCall<EncodedStepResult>::Start(info.Env(), runtime_, engine_->thread(), run,
-                                        [](Napi::Env env, EncodedStepResult& result) { return StepResultToJs(env, result); });
+    struct Call {
+      Step step;
+      std::unique_ptr<Engine::UnderWay> under_way;
+    };
+    auto call = std::make_shared<Call>();
+    call->step = StepFromJs(info[0], info[1]);
+    const auto run = [engine = engine_, call]() -> std::optional<EncodedStepResult> {
+      if (call->under_way != nullptr) return engine->End(std::move(call->under_way));
+      return engine->Begin(std::move(call->step), call->under_way);
+    };
+    const auto convert = [](Napi::Env env, EncodedStepResult& result) { return StepResultToJs(env, result); };
+    return AsyncCall<EncodedStepResult>::Start(info.Env(), runtime_, engine_->thread(), run, convert, &engine_->ends());
   } catch (...) {
     return Rejected(info.Env(), std::current_exception());
   }

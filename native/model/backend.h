@@ -28,6 +28,8 @@ struct Batch {
   std::vector<uint32_t> tokens;
   std::vector<KvSlot> slots;
   std::vector<AttentionRow> attention;  // block tables: memory of the step
+  // Of each row, which Extend of the step before samples its token; -1: none. Empty: of no row, or that step was not evaluated later.
+  std::vector<int32_t> sampled_by;
 };
 
 // A row of logits to be looked at: row `row` of the last Logits call is wanted row `index` of extends[extend].
@@ -44,9 +46,9 @@ class Backend {
   virtual bool is_first_rank() const = 0;
   virtual EngineMemory memory() const = 0;
 
-  virtual void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) = 0;
   // Starts a step of batch.tokens.size() rows; `batch` lives until the last Logits call.
   virtual void Begin(const Batch& batch) = 0;
+  virtual void CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) = 0;
   // Runs `forward`, the operations below up to Logits. repeatable: they are the same calls whenever a step of one row a run has as many rows; a backend
   // may then do what it recorded before instead.
   virtual void RunForward(bool, const std::function<void()>& forward) { forward(); }
@@ -75,7 +77,13 @@ class Backend {
   // Rank 0: what the Extends want of the logits of the last Logits call. An Extend whose want cannot be met gets an ErrorResult, which stays.
   virtual void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) = 0;
 
-  // The step is over: what it computes has been computed.
+  // The same without waiting for it: the step ends with Collect, and the next one may begin before. At most one such step may have begun, and not been
+  // collected, when another one begins. Returns a name for Collect; -1: it cannot be done, and nothing was.
+  virtual int EvaluateLater(const std::vector<LogitsRow>&, const std::vector<Extend>&) { return -1; }
+  // Waits for what EvaluateLater gave the name for. From any one thread, beside the other calls.
+  virtual void Collect(int, std::vector<ExtendResult>&) {}
+
+  // The step is over, where it was not evaluated later: what it computes has been computed.
   virtual void Finish() {}
 
   // Time since Begin that went into collectives.

@@ -1,5 +1,6 @@
 #include "model/engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <utility>
@@ -10,6 +11,8 @@
 
 namespace tandem {
 namespace {
+
+constexpr int kMostUnderWay = 2;
 
 void Check(bool legal, const std::string& what) {
   if (!legal) throw Error(ErrorCode::kInvalidArgument, what);
@@ -60,18 +63,75 @@ Engine::Engine(EngineOptions options, const std::atomic<bool>& cancelled, MakeBa
       communicator_(Connect(options, cancelled)),
       backend_(make_backend(std::move(options), *communicator_, pool_, cancelled)) {}
 
-StepResult Engine::Run(const Step& step) {
+Engine::UnderWay::UnderWay(Engine& engine) : engine_(engine) {
+  std::unique_lock<std::mutex> lock(engine.mutex_);
+  engine.changed_.wait(lock, [&] { return engine.under_way_ < kMostUnderWay; });
+  engine.under_way_ += 1;
+}
+
+Engine::UnderWay::~UnderWay() {
+  const std::lock_guard<std::mutex> lock(engine_.mutex_);
+  engine_.under_way_ -= 1;
+  engine_.changed_.notify_all();
+}
+
+Engine::~Engine() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return under_way_ == 0; });
+}
+
+void Engine::TakeSamples(Step& step) {
+  if (is_last_later_) return;
+  if (std::none_of(step.extends.begin(), step.extends.end(), [](const Extend& extend) { return extend.sampled_by.has_value(); })) return;
+  samples_.resize(before_.sampled.size());
+  communicator_->Broadcast(samples_.data(), static_cast<int64_t>(samples_.size() * sizeof(uint32_t)), 0);
+  for (Extend& extend : step.extends) {
+    if (extend.sampled_by) extend.tokens[0] = samples_[*extend.sampled_by];
+  }
+}
+
+void Engine::FailStep(const std::exception& error) {
+  communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
+  const auto* own = dynamic_cast<const Error*>(&error);
+  // No longer a matter of the step's arguments: after this the ranks are not in step.
+  if (own != nullptr && (own->code() == ErrorCode::kTimeout || own->code() == ErrorCode::kAborted)) throw;
+  throw Error(ErrorCode::kInternal, error.what());
+}
+
+std::unique_ptr<Engine::UnderWay> Engine::Begin(Step step) {
   if (cancelled_.load()) throw Error(ErrorCode::kAborted, "the engine was aborted");
-  ValidateStep(step, limits_, under_way_);
-  under_way_ = RunUnderWay(step, shape_.num_layers, under_way_);
   try {
-    return RunStep(shape_, step, limits_.block_size, *backend_, cancelled_);
+    ValidateStep(step, limits_, before_);
+  } catch (const Error&) {
+    before_.sampled.clear();  // no step can go on from this one
+    throw;
+  }
+  std::unique_ptr<UnderWay> under_way(new UnderWay(*this));
+  try {
+    TakeSamples(step);
+    before_ = After(step, shape_.num_layers, std::move(before_));
+    under_way->step_ = BeginStep(shape_, std::move(step), limits_.block_size, *backend_, cancelled_, is_last_later_);
   } catch (const std::exception& error) {
-    communicator_->Abort();  // the other ranks wait for this one in a collective that it will not come to
-    const auto* own = dynamic_cast<const Error*>(&error);
-    // No longer a matter of the step's arguments: after this the ranks are not in step.
-    if (own != nullptr && (own->code() == ErrorCode::kTimeout || own->code() == ErrorCode::kAborted)) throw;
-    throw Error(ErrorCode::kInternal, error.what());
+    FailStep(error);
+  }
+  is_last_later_ = !under_way->has_ended();
+  samples_.clear();
+  for (const ExtendResult& each : under_way->step_.result.results) {
+    const auto* sample = std::get_if<SampleResult>(&each);
+    samples_.push_back(sample == nullptr ? 0 : sample->token);
+  }
+  return under_way;
+}
+
+StepResult Engine::End(UnderWay& under_way) {
+  if (under_way.has_ended()) return EndStep(under_way.step_, *backend_);
+  try {
+    under_way.step_.begin = std::max(under_way.step_.begin, last_end_);  // it may have begun while another one ran
+    StepResult result = EndStep(under_way.step_, *backend_);
+    last_end_ = std::chrono::steady_clock::now();
+    return result;
+  } catch (const std::exception& error) {
+    FailStep(error);
   }
 }
 

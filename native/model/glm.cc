@@ -34,7 +34,7 @@ struct Plan {
   int64_t RowsAt(int64_t layer) const { return whole_rows + (layer >= first_layer && layer < end_layer ? partial_rows : 0); }
 };
 
-void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_size, Plan& plan) {
+void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_size, bool follows_later, Plan& plan) {
   const int64_t length = static_cast<int64_t>(extend.tokens.size());
   plan.one_row_each = plan.one_row_each && length == 1;
   for (int64_t row = 0; row < length; ++row) {
@@ -44,6 +44,10 @@ void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_s
                                 static_cast<uint32_t>(at % block_size)});
     plan.batch.attention.push_back({extend.block_table.data(), extend.cached_tokens + std::max(row + 1, extend.bidirectional_tokens)});
   }
+  if (follows_later) {
+    plan.batch.sampled_by.resize(plan.batch.tokens.size(), -1);
+    if (extend.sampled_by) plan.batch.sampled_by.back() = static_cast<int32_t>(*extend.sampled_by);
+  }
   const int64_t end = static_cast<int64_t>(plan.batch.tokens.size()), count = is_wanted ? WantedRows(extend.want) : 0;
   for (int64_t i = 0; i < count; ++i) {
     plan.wanted_rows.push_back(end - count + i);
@@ -51,12 +55,12 @@ void AddRows(const Extend& extend, size_t index, bool is_wanted, int64_t block_s
   }
 }
 
-Plan MakePlan(const Step& step, int64_t num_layers, int64_t block_size) {
+Plan MakePlan(const Step& step, int64_t num_layers, int64_t block_size, bool follows_later) {
   Plan plan;
   std::optional<size_t> partial;
   for (size_t e = 0; e < step.extends.size(); ++e) {
     if (step.extends[e].is_whole(num_layers)) {
-      AddRows(step.extends[e], e, true, block_size, plan);
+      AddRows(step.extends[e], e, true, block_size, follows_later, plan);
     } else {
       partial = e;
     }
@@ -64,7 +68,7 @@ Plan MakePlan(const Step& step, int64_t num_layers, int64_t block_size) {
   plan.whole_rows = static_cast<int64_t>(plan.batch.tokens.size());
   if (partial) {
     const Extend& extend = step.extends[*partial];
-    AddRows(extend, *partial, extend.end_layer == num_layers, block_size, plan);
+    AddRows(extend, *partial, extend.end_layer == num_layers, block_size, follows_later, plan);
     plan.partial_rows = static_cast<int64_t>(extend.tokens.size());
     plan.first_layer = extend.first_layer;
     plan.end_layer = extend.end_layer;
@@ -125,8 +129,8 @@ std::vector<ExtendResult> EmptyResults(const Step& step, const ModelShape& shape
   return results;
 }
 
-// Fills in result.results on rank 0.
-void EvaluateWanted(const Step& step, const Plan& plan, const ModelShape& shape, Backend& backend, StepResult& result) {
+// Fills in result.results on rank 0, or has it done later: then returns what Backend::Collect takes, else -1.
+int EvaluateWanted(const Step& step, const Plan& plan, const ModelShape& shape, Backend& backend, StepResult& result) {
   if (backend.is_first_rank()) result.results = EmptyResults(step, shape);
   const int64_t count = static_cast<int64_t>(plan.wanted_rows.size());
   std::chrono::steady_clock::duration evaluating{};
@@ -137,27 +141,44 @@ void EvaluateWanted(const Step& step, const Plan& plan, const ModelShape& shape,
     const auto begin = std::chrono::steady_clock::now();
     std::vector<LogitsRow> rows(plan.wanted_parts.begin() + first, plan.wanted_parts.begin() + first + n);
     for (int64_t i = 0; i < n; ++i) rows[static_cast<size_t>(i)].row = i;
+    const int later = n == count ? backend.EvaluateLater(rows, step.extends) : -1;
+    if (later >= 0) return later;
     backend.Evaluate(rows, step.extends, result.results);
     evaluating += std::chrono::steady_clock::now() - begin;
   }
   result.evaluate_micros = std::chrono::duration_cast<std::chrono::microseconds>(evaluating).count();
+  return -1;
+}
+
+int64_t MicrosSince(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
 }
 
 }  // namespace
 
-StepResult RunStep(const ModelShape& shape, const Step& step, int64_t block_size, Backend& backend, const std::atomic<bool>& cancelled) {
-  const auto begin = std::chrono::steady_clock::now();
-  StepResult result;
-  result.step_id = step.step_id;
-  backend.CopyKvBlocks(step.block_copies);
-  const Plan plan = MakePlan(step, shape.num_layers, block_size);
+StepUnderWay BeginStep(const ModelShape& shape, Step step, int64_t block_size, Backend& backend, const std::atomic<bool>& cancelled, bool follows_later) {
+  StepUnderWay under_way;
+  under_way.begin = std::chrono::steady_clock::now();
+  under_way.result.step_id = step.step_id;
+  const Plan plan = MakePlan(step, shape.num_layers, block_size, follows_later);
   backend.Begin(plan.batch);
+  backend.CopyKvBlocks(step.block_copies);
   backend.RunForward(plan.is_repeatable(), [&] { Forward(shape, plan, backend, cancelled); });
-  EvaluateWanted(step, plan, shape, backend, result);
+  under_way.later = EvaluateWanted(step, plan, shape, backend, under_way.result);
+  under_way.step = std::move(step);
+  if (under_way.later >= 0) return under_way;
   backend.Finish();
-  result.collective_micros = backend.collective_micros();
-  result.compute_micros = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
-  return result;
+  under_way.result.collective_micros = backend.collective_micros();
+  under_way.result.compute_micros = MicrosSince(under_way.begin);
+  return under_way;
+}
+
+StepResult EndStep(StepUnderWay& under_way, Backend& backend) {
+  if (under_way.later >= 0) {
+    backend.Collect(under_way.later, under_way.result.results);
+    under_way.result.compute_micros = MicrosSince(under_way.begin);
+  }
+  return std::move(under_way.result);
 }
 
 }  // namespace tandem

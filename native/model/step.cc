@@ -11,7 +11,7 @@ namespace {
 
 class Validator {
  public:
-  Validator(const StepLimits& limits, const std::optional<PartialRun>& under_way) : limits_(limits), under_way_(under_way) {}
+  Validator(const StepLimits& limits, const StepsBefore& before) : limits_(limits), before_(before) {}
 
   void CheckBlockCopies(const std::vector<uint32_t>& copies) {
     if (copies.size() % 2 != 0) Fail("blockCopies", "has " + std::to_string(copies.size()) + " elements, they come in pairs (from, to)");
@@ -25,7 +25,11 @@ class Validator {
     path_ = Element("extends", index) + ".";
     const size_t length = extend.tokens.size();
     if (length == 0) Fail("tokens", "is empty, an Extend appends at least one token");
-    for (size_t i = 0; i < length; ++i) CheckToken(Element("tokens", i), extend.tokens[i]);
+    if (extend.sampled_by) {
+      CheckSampledBy(*extend.sampled_by, length);
+    } else {
+      for (size_t i = 0; i < length; ++i) CheckToken(Element("tokens", i), extend.tokens[i]);
+    }
     if (extend.positions.size() != length) {
       Fail("positions", "has " + std::to_string(extend.positions.size()) + " elements for " + std::to_string(length) + " tokens");
     }
@@ -65,6 +69,13 @@ class Validator {
     if (token >= limits_.vocab_size) Fail(field, "token " + std::to_string(token) + ", the vocabulary has " + std::to_string(limits_.vocab_size));
   }
 
+  void CheckSampledBy(uint32_t extend, size_t length) const {
+    if (length != 1) Fail("sampledBy", "is given for a run of " + std::to_string(length) + " tokens, a sample is one");
+    const size_t count = before_.sampled.size();
+    if (extend >= count) Fail("sampledBy", std::to_string(extend) + ", the step before had " + std::to_string(count) + " Extends");
+    if (!before_.sampled[extend]) Fail("sampledBy", std::to_string(extend) + ", which drew no sample in the step before");
+  }
+
   void CheckLayers(size_t index, const Extend& extend) {
     const auto layer = [](int64_t number) { return std::to_string(number); };
     if (extend.end_layer < 1 || extend.end_layer > limits_.num_layers) {
@@ -79,12 +90,13 @@ class Validator {
     }
     partial_ = index;
     if (extend.first_layer == 0) return;
-    if (!under_way_) Fail("firstLayer", layer(extend.first_layer) + ", but no run is under way; begin one at layer 0");
-    if (extend.first_layer != under_way_->next_layer) {
-      Fail("firstLayer", layer(extend.first_layer) + ", the run under way goes on at layer " + layer(under_way_->next_layer));
+    const std::optional<PartialRun>& under_way = before_.under_way;
+    if (!under_way) Fail("firstLayer", layer(extend.first_layer) + ", but no run is under way; begin one at layer 0");
+    if (extend.first_layer != under_way->next_layer) {
+      Fail("firstLayer", layer(extend.first_layer) + ", the run under way goes on at layer " + layer(under_way->next_layer));
     }
-    if (static_cast<int64_t>(extend.tokens.size()) != under_way_->tokens) {
-      Fail("tokens", "has " + std::to_string(extend.tokens.size()) + " elements, the run under way has " + std::to_string(under_way_->tokens) + " tokens");
+    if (static_cast<int64_t>(extend.tokens.size()) != under_way->tokens) {
+      Fail("tokens", "has " + std::to_string(extend.tokens.size()) + " elements, the run under way has " + std::to_string(under_way->tokens) + " tokens");
     }
   }
 
@@ -135,7 +147,7 @@ class Validator {
   }
 
   const StepLimits& limits_;
-  const std::optional<PartialRun>& under_way_;
+  const StepsBefore& before_;
   std::string path_;
   std::unordered_map<uint32_t, size_t> writers_;
   std::optional<size_t> partial_;  // the Extend that is run in part
@@ -149,18 +161,20 @@ int64_t WantedRows(const Want& want) {
   return std::holds_alternative<WantNothing>(want) ? 0 : 1;
 }
 
-void ValidateStep(const Step& step, const StepLimits& limits, const std::optional<PartialRun>& under_way) {
-  Validator validator(limits, under_way);
+void ValidateStep(const Step& step, const StepLimits& limits, const StepsBefore& before) {
+  Validator validator(limits, before);
   validator.CheckBlockCopies(step.block_copies);
   validator.CheckTotal(step.extends);
   for (size_t i = 0; i < step.extends.size(); ++i) validator.CheckExtend(i, step.extends[i]);
 }
 
-std::optional<PartialRun> RunUnderWay(const Step& step, int64_t num_layers, const std::optional<PartialRun>& before) {
+StepsBefore After(const Step& step, int64_t num_layers, StepsBefore before) {
+  before.sampled.clear();
   for (const Extend& extend : step.extends) {
+    before.sampled.push_back(extend.end_layer == num_layers && std::holds_alternative<WantSample>(extend.want));
     if (extend.is_whole(num_layers)) continue;
-    if (extend.end_layer == num_layers) return std::nullopt;
-    return PartialRun{static_cast<int64_t>(extend.tokens.size()), extend.end_layer};
+    before.under_way.reset();
+    if (extend.end_layer < num_layers) before.under_way = PartialRun{static_cast<int64_t>(extend.tokens.size()), extend.end_layer};
   }
   return before;
 }

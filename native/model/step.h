@@ -45,6 +45,9 @@ struct Extend {
   int64_t first_layer = 0;
   int64_t end_layer = 0;
   Want want;
+  // The Extend of the step before whose sample is this run's one token (what `tokens` has in its place does not matter): a step can be on its way before the
+  // one that it goes on from has ended.
+  std::optional<uint32_t> sampled_by;
 
   bool is_whole(int64_t num_layers) const { return first_layer == 0 && end_layer == num_layers; }
 };
@@ -87,6 +90,12 @@ struct PartialRun {
   int64_t next_layer = 0;
 };
 
+// What the steps before have left for the next one.
+struct StepsBefore {
+  std::optional<PartialRun> under_way;
+  std::vector<bool> sampled;  // whether extends[i] of the last step drew a sample
+};
+
 struct StepLimits {
   int64_t num_layers = 0;
   int64_t vocab_size = 0;
@@ -97,10 +106,9 @@ struct StepLimits {
 };
 
 // Throws kInvalidArgument naming the field, as in "extends[3].blockTable". Depends on the arguments alone: all ranks accept or refuse alike.
-//   under_way: what the steps before this one left (RunUnderWay)
-void ValidateStep(const Step& step, const StepLimits& limits, const std::optional<PartialRun>& under_way);
+void ValidateStep(const Step& step, const StepLimits& limits, const StepsBefore& before);
 
-// The run that is under way after a valid step: one that stops before the last layer; else the one from before, unless this step ended it.
-std::optional<PartialRun> RunUnderWay(const Step& step, int64_t num_layers, const std::optional<PartialRun>& before);
+// What a valid step leaves: a run is under way that stops before the last layer; else the one from before, unless this step ended it.
+StepsBefore After(const Step& step, int64_t num_layers, StepsBefore before);
 
 }  // namespace tandem

@@ -103,6 +103,8 @@ class Reader {
     extend.bidirectional_tokens = Word();
     extend.first_layer = Word();
     extend.end_layer = Word();
+    const uint32_t sampled_by = Word();  // counted from 1
+    if (sampled_by > 0) extend.sampled_by = sampled_by - 1;
     extend.tokens = Words();
     extend.positions = Words();
     extend.block_table = Words();

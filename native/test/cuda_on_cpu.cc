@@ -5,12 +5,14 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <numeric>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,9 +27,15 @@
 
 struct CUstream_st {
   std::unique_ptr<std::vector<std::function<void()>>> captured;  // null when not capturing
+  std::mutex mutex;                                              // of the next two
+  std::deque<std::function<void()>> waiting;
+  uint64_t done = 0;      // of all that was given to it
+  std::mutex run_mutex;   // one thread runs what waits
 };
 struct CUevent_st {
   std::chrono::steady_clock::time_point recorded;
+  cudaStream_t stream = nullptr;  // where it was recorded last
+  uint64_t place = 0;             // how much of the stream is done with it
 };
 struct CUgraph_st {
   std::vector<std::function<void()>> nodes;
@@ -331,14 +339,47 @@ void RunLaunch(const std::function<void()>& thread, dim3 grid, dim3 block, size_
   }
 }
 
-// At once, or when the graph that is captured runs.
+std::mutex streams_mutex;
+std::set<cudaStream_t> streams;
+
+// When somebody waits for the stream, or when the graph that is captured runs; on the default stream at once.
 cudaError_t Do(cudaStream_t stream, std::function<void()> work) {
-  if (stream != nullptr && stream->captured) {
+  if (stream == nullptr) {
+    work();
+  } else if (stream->captured) {
     stream->captured->push_back(std::move(work));
   } else {
-    work();
+    const std::lock_guard<std::mutex> lock(stream->mutex);
+    stream->waiting.push_back(std::move(work));
   }
   return cudaSuccess;
+}
+
+// Runs what waits until `place` of all that was given to the stream is done, or all of it.
+void RunUntil(cudaStream_t stream, uint64_t place) {
+  const std::lock_guard<std::mutex> running(stream->run_mutex);
+  for (;;) {
+    std::function<void()> work;
+    {
+      const std::lock_guard<std::mutex> lock(stream->mutex);
+      if (stream->done >= place || stream->waiting.empty()) return;
+      work = std::move(stream->waiting.front());
+      stream->waiting.pop_front();
+      stream->done += 1;
+    }
+    work();
+  }
+}
+
+constexpr uint64_t kAll = ~uint64_t{0};
+
+void RunAllStreams() {
+  std::set<cudaStream_t> all;
+  {
+    const std::lock_guard<std::mutex> lock(streams_mutex);
+    all = streams;
+  }
+  for (const cudaStream_t stream : all) RunUntil(stream, kAll);
 }
 
 std::mutex memory_mutex;
@@ -452,7 +493,7 @@ cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return tandem::cuda_on_cpu::RunAllStreams(), cudaSuccess; }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
@@ -491,6 +532,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 cudaError_t cudaFree(void* memory) {
   using namespace tandem::cuda_on_cpu;
   if (memory == nullptr) return cudaSuccess;
+  RunAllStreams();  // CUDA waits, too
   const std::lock_guard<std::mutex> lock(memory_mutex);
   const auto found = allocations.find(memory);
   if (found == allocations.end()) return cudaErrorInvalidValue;
@@ -505,7 +547,10 @@ cudaError_t cudaMallocHost(void** memory, size_t bytes) {
   return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned int) { return cudaMallocHost(memory, bytes); }
-cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; }
+cudaError_t cudaFreeHost(void* memory) {
+  if (memory != nullptr) tandem::cuda_on_cpu::RunAllStreams();
+  return std::free(memory), cudaSuccess;
+}
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) { return cudaMemcpyAsync(to, from, bytes, kind); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
@@ -523,14 +568,30 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t 
   return Do(stream, [=] { std::memset(memory, value, bytes); });
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = new CUstream_st, cudaSuccess; }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  *stream = new CUstream_st;
+  const std::lock_guard<std::mutex> lock(tandem::cuda_on_cpu::streams_mutex);
+  tandem::cuda_on_cpu::streams.insert(*stream);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  {
+    const std::lock_guard<std::mutex> lock(tandem::cuda_on_cpu::streams_mutex);
+    tandem::cuda_on_cpu::streams.erase(stream);
+  }
+  delete stream;  // with what nobody has waited for
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return stream != nullptr && stream->captured ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+  if (stream == nullptr) return cudaSuccess;
+  if (stream->captured) return cudaErrorStreamCaptureUnsupported;
+  return tandem::cuda_on_cpu::RunUntil(stream, tandem::cuda_on_cpu::kAll), cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned int) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
+  return Do(stream, [event] { cudaEventSynchronize(event); });
+}
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->captured) return cudaErrorStreamCaptureUnsupported;
@@ -553,16 +614,27 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   });
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  tandem::cuda_on_cpu::RunAllStreams();
+  return delete executable, cudaSuccess;
+}
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new CUevent_st, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned int) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  return Do(stream, [event] { event->recorded = std::chrono::steady_clock::now(); });
+  const cudaError_t status = Do(stream, [event] { event->recorded = std::chrono::steady_clock::now(); });
+  event->stream = stream;
+  if (stream == nullptr) return status;
+  const std::lock_guard<std::mutex> lock(stream->mutex);
+  event->place = stream->done + stream->waiting.size();
+  return status;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->stream != nullptr) tandem::cuda_on_cpu::RunUntil(event->stream, event->place);
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   *milliseconds = std::chrono::duration<float, std::milli>(to->recorded - from->recorded).count();
   return cudaSuccess;

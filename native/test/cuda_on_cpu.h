@@ -60,7 +60,8 @@ inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------------------
-// The host API: everything happens at once, except while a stream is captured, when it happens at each launch of the graph
+// The host API. What a stream is given happens as late as can be, when somebody waits for it: host memory that is used again too early, or read, shows. While
+// a stream is captured it happens at each launch of the graph; on the default stream at once.
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -156,7 +157,7 @@ void SetThreadOrder(ThreadOrder order, uint32_t seed = 1);
 // What cudaMalloc may give in all; 16 GB at first.
 void SetTotalMemory(size_t bytes);
 
-// Runs (or records, while the stream is captured) `thread` for each thread of each block. Throws kInternal for a launch that a GPU would refuse (more than
+// Gives the stream the run of `thread` for each thread of each block. It, or the wait that runs it, throws kInternal for a launch that a GPU would refuse (more than
 // 1024 threads, 227 KB of dynamic shared memory), a deadlock, a warp collective that lanes disagree about, a write behind the dynamic shared memory.
 void Launch(std::function<void()> thread, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream);
 

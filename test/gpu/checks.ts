@@ -1,5 +1,7 @@
 /** What the CUDA backend has to show with the golden models: the same checks on the emulator (test/cuda.test.ts) and on a GPU (test/gpu/main.ts). */
+import { isDeepStrictEqual } from 'node:util';
 import { startLocalCluster } from '../../cli/local-cluster.js';
+import type { StepExtend, StepExtendResult } from '../../common/step-codec.js';
 import { EngineRanks, runOf, type Run } from '../support/engine-ranks.js';
 import {
   argmax,
@@ -134,6 +136,68 @@ export async function varianceOf(store: string): Promise<string[]> {
     await ranks.dispose();
   }
   return differences;
+}
+
+/**
+ * Steps that are sent before the ones that they go on from have ended, against the same ones sent one by one with their tokens. Sequences change places from step
+ * to step; some steps want what is for the host, so that they are no part of the pipeline.
+ * @returns what differs; empty: nothing
+ */
+export async function queuedSteps(store: string, worldSize: number): Promise<string[]> {
+  const ranks = await EngineRanks.load({ store, worldSize, engine: ENGINE });
+  const sequences = 4;
+  const steps = 14;
+  const contexts = Array.from({ length: sequences }, (_, sequence): Run => {
+    const tokens = Array.from({ length: 9 + 11 * sequence }, (_, i) => (i * 31 + sequence * 17 + 5) % 100);
+    return { tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: tokens.length - 1 };
+  });
+  const params = {
+    temperature: 1.5,
+    topK: 40,
+    topP: 0,
+    bannedTokens: [],
+    biasTokens: [],
+    biases: [],
+    repetitionPenalty: 1,
+    repeatedTokens: [],
+  };
+  const want = (sequence: number, step: number): StepExtend['want'] => ({
+    kind: 'sample',
+    params,
+    noise: { seed: 7n, stream: sequence, position: step },
+    topLogprobs: 2,
+  });
+  /** Where each sequence is among the Extends of a step. */
+  const place = (sequence: number, step: number): number => (sequence + step) % sequences;
+  const extendsOf = (step: number, tokenOf: (sequence: number) => { token: number; sampledBy: number }): StepExtend[] => {
+    const all = new Array<StepExtend>(sequences);
+    for (const [sequence, context] of contexts.entries()) {
+      const cached = step === 0 ? 0 : context.tokens.length + step - 1;
+      const { token, sampledBy } = step === 0 ? { token: 0, sampledBy: -1 } : tokenOf(sequence);
+      const run = step === 0 ? context : { tokens: [token], positions: [cached], bidirectionalTokens: 0 };
+      all[place(sequence, step)] = { ...ranks.extend(run, cached, want(sequence, step), 8 * sequence), sampledBy };
+    }
+    if (step % 7 === 5) all.push(ranks.extend(contexts[0]!, 0, { kind: 'logits', rows: 1 }, 8 * sequences));
+    return all;
+  };
+  try {
+    const known: (readonly StepExtendResult[])[] = [];
+    for (let step = 0; step < steps; step++) {
+      const tokenOf = (sequence: number): { token: number; sampledBy: number } => {
+        const result = known[step - 1]![place(sequence, step - 1)]!;
+        return { token: result.kind === 'sample' ? result.token : 0, sampledBy: -1 };
+      };
+      known.push(await ranks.step(extendsOf(step, tokenOf)));
+    }
+    const queued = await Promise.all(
+      known.map((_, step) => ranks.step(extendsOf(step, (sequence) => ({ token: 0, sampledBy: place(sequence, step - 1) })))),
+    );
+    const drawn = new Set(known.flat().map((result) => (result.kind === 'sample' ? result.token : -1)));
+    const differing = known.flatMap((results, step) => (isDeepStrictEqual(queued[step], results) ? [] : [`step ${step}`]));
+    return drawn.size > steps / 2 ? differing : [`only ${drawn.size} different tokens were drawn`, ...differing];
+  } finally {
+    await ranks.dispose();
+  }
 }
 
 /** Texts of the tiny model through a whole server. @returns how many of them are the original code's, letter for letter */

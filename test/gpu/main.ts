@@ -5,7 +5,16 @@ import { join } from 'node:path';
 import { ensureTinyStore } from '../../model/tiny/tiny-model.js';
 import { loadAddon } from '../../native/binding/addon.js';
 import { RANDOM_MODELS } from '../support/golden-data.js';
-import { equalTexts, forwardDistance, LEAST_AGREEMENT, quantisedDistance, RELATIVE_L2, tinyLogits, varianceOf } from './checks.js';
+import {
+  equalTexts,
+  forwardDistance,
+  LEAST_AGREEMENT,
+  quantisedDistance,
+  queuedSteps,
+  RELATIVE_L2,
+  tinyLogits,
+  varianceOf,
+} from './checks.js';
 
 const scratch = mkdtempSync(join(tmpdir(), 'tandem-gpu-'));
 let failures = 0;
@@ -47,6 +56,12 @@ try {
     const differences = await varianceOf(store);
     return { passes: differences.length === 0, seen: differences.join('; ') || 'no bit differs' };
   });
+  for (const worldSize of [1, 2]) {
+    await check(`tiny model, ${worldSize} rank(s), steps sent before those end that they go on from`, async () => {
+      const differences = await queuedSteps(store, worldSize);
+      return { passes: differences.length === 0, seen: differences.join('; ') || 'no bit differs' };
+    });
+  }
   await check('tiny model, blank-filling texts through a server', async () => {
     const { equal, of, differing } = await equalTexts(Infinity, 1);
     return { passes: equal >= of * LEAST_AGREEMENT, seen: [`${equal} of ${of} are the original's`, ...differing].join('\n        ') };

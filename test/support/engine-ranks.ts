@@ -77,6 +77,7 @@ export class EngineRanks {
       firstLayer: 0,
       endLayer: this.numLayers,
       want,
+      sampledBy: -1,
     };
   }
 

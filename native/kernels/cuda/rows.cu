@@ -17,7 +17,20 @@ __global__ void __launch_bounds__(kThreads) GatherRowsKernel(const __half* src, 
   }
 }
 
+__global__ void __launch_bounds__(kThreads) TakeSamplesKernel(const uint32_t* sampled, const int32_t* from, int64_t count, uint32_t vocab, uint32_t* tokens) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count || from[i] < 0) return;
+  const uint32_t token = sampled[from[i]];
+  tokens[i] = token < vocab ? token : 0;
+}
+
 }  // namespace
+
+void TakeSamples(const uint32_t* sampled, const int32_t* from, int64_t count, int64_t vocab, uint32_t* tokens, Stream stream) {
+  if (count == 0) return;
+  const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads));
+  Launch("take samples", TakeSamplesKernel, grid, dim3(kThreads), 0, stream, sampled, from, count, static_cast<uint32_t>(vocab), tokens);
+}
 
 void GatherRows(const __half* src, const uint32_t* rows, int64_t count, int64_t columns, int64_t stride, __half* dst, Stream stream) {
   if (count == 0 || columns == 0) return;

@@ -1,4 +1,4 @@
-// Picks rows of activations.
+// Picks rows of activations, and tokens.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +12,9 @@ namespace tandem::cuda {
 //   rows: [count], device memory
 // Columns of dst from `columns` on are never written.
 void GatherRows(const __half* src, const uint32_t* rows, int64_t count, int64_t columns, int64_t stride, __half* dst, Stream stream);
+
+// tokens[i] = sampled[from[i]] for i < count with from[i] >= 0; 0 where that is no token of the vocabulary (a row that could not be sampled has none)
+//   all in device memory
+void TakeSamples(const uint32_t* sampled, const int32_t* from, int64_t count, int64_t vocab, uint32_t* tokens, Stream stream);
 
 }  // namespace tandem::cuda

@@ -1,11 +1,13 @@
 #include "model/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -67,10 +69,11 @@ struct Rows {
 // Where a step of at most `capacity` rows has what its kernels are told of them: made in pinned memory, copied as one. The tables are last, as long as needed.
 struct InputLayout {
   Arena arena;
-  int64_t tokens, slots, rows, tiles, tables;
+  int64_t tokens, sampled_by, slots, rows, tiles, tables;
 
   explicit InputLayout(int64_t capacity)
       : tokens(arena.Add(capacity * 4)),
+        sampled_by(arena.Add(capacity * 4)),
         slots(arena.Add(capacity * static_cast<int64_t>(sizeof(KvSlot)))),
         rows(arena.Add(capacity * static_cast<int64_t>(sizeof(CudaAttentionRow)))),
         tiles(arena.Add(capacity * static_cast<int64_t>(sizeof(CudaAttentionTile)))),
@@ -106,6 +109,11 @@ void TakeResult(SamplingResult from, const LogitsRow& row, ExtendResult& to) {
   } else if (auto* targets = std::get_if<TargetsResult>(&to)) {
     targets->logprobs[static_cast<size_t>(row.index)] = from.logprob;
   }
+}
+
+// The first error of an Extend is told.
+void Fail(const LogitsRow& row, const std::exception& error, std::vector<ExtendResult>& results) {
+  if (!std::holds_alternative<ErrorResult>(results[row.extend])) results[row.extend] = ErrorResult{error.what()};
 }
 
 // How the weights come on to the GPU, and what they will take of its memory.
@@ -147,10 +155,22 @@ class CudaBackend final : public Backend {
   void AddResidualAndNorm(int64_t layer, Projection projection, float alpha, Activation delta, Activation x) override;
   void Logits(int64_t first, int64_t count) override;
   void Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) override;
+  int EvaluateLater(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends) override;
+  void Collect(int later, std::vector<ExtendResult>& results) override;
   void Finish() override { stream_.Wait(); }
   int64_t collective_micros() const override { return collective_nanos_ / 1000; }
 
  private:
+  // What the host tells the device of a step and hears of it. While the results of one are awaited the next step has the other one.
+  struct Exchange {
+    PinnedBuffer input, kept, copies;  // its rows, the kept ones of them, copies of blocks
+    PinnedBuffer requests, results;    // what is wanted of logits, what comes of it
+    SamplingBatch sampling;
+    std::vector<LogitsRow> rows{};  // of the results
+    OwnedEvent done{};              // the results are there
+    std::atomic<bool> is_awaited{false};
+  };
+
   struct Graph {
     bool has_run = false;  // kernels are loaded when they run first, which cannot be recorded
     cudaGraphExec_t executable = nullptr;
@@ -178,7 +198,14 @@ class CudaBackend final : public Backend {
   }
   void* product_scratch() const { return uses_warpgroups_ ? Device<char>(product_scratch_at_) : nullptr; }
   cudaGraphExec_t Record(const std::function<void()>& forward);
-  bool AddRequest(const LogitsRow& row, const Want& want);
+  Exchange& exchange() { return *exchanges_[current_]; }
+  bool AddRequest(const LogitsRow& row, const Want& want, SamplingBatch& sampling) const;
+  bool DeviceTakes(const SamplingBatch& sampling) const {
+    return sampling.RequestBytes() <= kSamplingRequestBytes && sampling.ResultBytes() <= kSamplingResultBytes;
+  }
+  // Has the requests of the step's exchange done, and their results on their way.
+  void StartRequests();
+  void TakeResults(const Exchange& from, std::vector<ExtendResult>& results) const;
 
   const ModelShape shape_;
   const int gpu_;
@@ -202,12 +229,13 @@ class CudaBackend final : public Backend {
   const bool uses_warpgroups_ = std::getenv("TANDEM_CUDA_WGMMA") != nullptr;
   int64_t product_scratch_at_ = 0;
   int64_t local_logits_at_ = 0, logits_at_ = 0, requests_at_ = 0, sampling_scratch_at_ = 0, results_at_ = 0;
-  // On their way to the device or from it: what a step's rows are, what the kept ones are, copies of blocks, what is wanted of logits, what comes of it.
-  PinnedBuffer staging_, kept_staging_, copies_staging_, requests_, results_;
-  PinnedBuffer exchange_;  // where other ranks are: activations on their way through the host
+  std::unique_ptr<Exchange> exchanges_[2];
+  int current_ = 0;  // the step's own
+  int64_t sampled_at_ = 0;                // [logits_rows_] tokens that the last step's requests drew
+  std::vector<int32_t> request_of_extend_;  // of the last step
+  PinnedBuffer among_ranks_;              // where other ranks are: activations on their way through the host
   std::vector<float> exchanged_;
   std::vector<float> host_logits_;  // [1, V]
-  SamplingBatch sampling_;
   std::map<int64_t, Graph> graphs_;  // by rows
 
   int64_t rows_ = 0;
@@ -234,7 +262,6 @@ CudaBackend::CudaBackend(const EngineOptions& options, Communicator& communicato
       max_parts_((shape_.max_sequence_length + kAttentionPart - 1) / kAttentionPart),
       kv_plane_bytes_(Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * shape_.head_dim() * (kv_type_ == KvType::kI8 ? 1 : 2))),
       kv_scale_plane_bytes_(kv_type_ == KvType::kI8 ? Aligned(kv_blocks_ * local_heads_ * kv_block_size_ * 2) : 0),
-      sampling_(shape_.vocab_size),
       input_(max_rows_) {
   const int64_t workspace_bytes = PlanWorkspace();
   CheckMemory(weights.bytes, workspace_bytes);
@@ -287,16 +314,18 @@ int64_t CudaBackend::PlanWorkspace() {
     requests_at_ = arena.Add(kSamplingRequestBytes);
     sampling_scratch_at_ = arena.Add(SamplingScratchBytes(logits_rows_, shape_.vocab_size));
     results_at_ = arena.Add(kSamplingResultBytes);
-    requests_ = PinnedBuffer(kSamplingRequestBytes, "copies");
-    results_ = PinnedBuffer(kSamplingResultBytes, "copies");
+    sampled_at_ = arena.Add(logits_rows_ * 4);
     host_logits_.resize(static_cast<size_t>(shape_.vocab_size));
   }
-  staging_ = PinnedBuffer(InputBytes(), "copies");
-  kept_staging_ = PinnedBuffer(InputLayout(max_rows_).tables, "copies");
-  copies_staging_ = PinnedBuffer(kMostCopies * static_cast<int64_t>(sizeof(uint2)), "copies");
+  for (std::unique_ptr<Exchange>& each : exchanges_) {
+    const auto pinned = [](int64_t bytes) { return PinnedBuffer(bytes, "copies"); };
+    const int64_t sampling_bytes = is_first_rank() ? 1 : 0;
+    each.reset(new Exchange{pinned(InputBytes()), pinned(InputLayout(max_rows_).tables), pinned(kMostCopies * static_cast<int64_t>(sizeof(uint2))),
+                            pinned(sampling_bytes * kSamplingRequestBytes), pinned(sampling_bytes * kSamplingResultBytes), SamplingBatch(shape_.vocab_size)});
+  }
   if (communicator_.world_size() > 1) {
     const int64_t values = std::max(max_rows_ * hidden_.stride, logits_rows_ * shape_.vocab_size);
-    exchange_ = PinnedBuffer(values * 4, "copies");
+    among_ranks_ = PinnedBuffer(values * 4, "copies");
     exchanged_.resize(static_cast<size_t>(values));
   }
   return arena.bytes();
@@ -337,9 +366,9 @@ void CudaBackend::CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) {
   for (int64_t first = 0; first < count; first += kMostCopies) {
     const int64_t n = std::min(kMostCopies, count - first);
     if (first > 0) stream_.Wait();  // the copy before this one has left the staging memory
-    std::memcpy(copies_staging_.data(), from_to_pairs.data() + 2 * first, static_cast<size_t>(n) * sizeof(uint2));
+    std::memcpy(exchange().copies.data(), from_to_pairs.data() + 2 * first, static_cast<size_t>(n) * sizeof(uint2));
     const uint2* pairs = Device<uint2>(copies_at_);
-    Copy(Device<uint2>(copies_at_), copies_staging_.data(), n * static_cast<int64_t>(sizeof(uint2)));
+    Copy(Device<uint2>(copies_at_), exchange().copies.data(), n * static_cast<int64_t>(sizeof(uint2)));
     cuda::CopyKvBlocks(kv_memory_.data(), kv_plane_bytes_, planes, block_bytes, pairs, n, stream_.get());
     if (kv_scale_plane_bytes_ == 0) continue;
     cuda::CopyKvBlocks(scales, kv_scale_plane_bytes_, planes, local_heads_ * kv_block_size_ * 2, pairs, n, stream_.get());
@@ -349,10 +378,18 @@ void CudaBackend::CopyKvBlocks(const std::vector<uint32_t>& from_to_pairs) {
 void CudaBackend::Begin(const Batch& batch) {
   rows_ = static_cast<int64_t>(batch.tokens.size());
   collective_nanos_ = 0;
+  if (exchanges_[current_]->is_awaited.load()) current_ = 1 - current_;
   // Recorded steps know where what they read lies: in one layout for all of them.
   input_ = InputLayout(rows_ <= kMostGraphRows ? std::min(kMostGraphRows, max_rows_) : max_rows_);
-  char* staging = staging_.as<char>();
+  char* staging = exchange().input.as<char>();
   std::memcpy(staging + input_.tokens, batch.tokens.data(), batch.tokens.size() * 4);
+  const bool goes_on = std::any_of(batch.sampled_by.begin(), batch.sampled_by.end(), [](int32_t extend) { return extend >= 0; });
+  if (goes_on) {
+    int32_t* requests = reinterpret_cast<int32_t*>(staging + input_.sampled_by);
+    for (size_t i = 0; i < batch.sampled_by.size(); ++i) {
+      requests[i] = batch.sampled_by[i] < 0 ? -1 : request_of_extend_.at(static_cast<size_t>(batch.sampled_by[i]));
+    }
+  }
   std::memcpy(staging + input_.slots, batch.slots.data(), batch.slots.size() * sizeof(KvSlot));
   // One table for each run: its rows have the same pointer, and the last of them sees most.
   attention_rows_.clear();
@@ -374,6 +411,10 @@ void CudaBackend::Begin(const Batch& batch) {
   attention_.rows_at = input_at_ + input_.rows;
   attention_.tiles_at = input_at_ + input_.tiles;
   Copy(Device<char>(input_at_), staging, input_.tables + table_end * 4);
+  if (goes_on) {
+    TakeSamples(Device<uint32_t>(sampled_at_), Device<int32_t>(input_at_ + input_.sampled_by), rows_, shape_.vocab_size,
+                Device<uint32_t>(input_at_ + input_.tokens), stream_.get());
+  }
 }
 
 AttentionPlan CudaBackend::PlanAttention(const std::vector<CudaAttentionRow>& rows, CudaAttentionTile* tiles) const {
@@ -469,7 +510,7 @@ void CudaBackend::KeepRows(const std::vector<int64_t>& rows) {
   const int64_t count = static_cast<int64_t>(rows.size());
   if (count == rows_) return;  // ascending: all of them
   const InputLayout layout(max_rows_);
-  char* staging = kept_staging_.as<char>();
+  char* staging = exchange().kept.as<char>();
   std::vector<CudaAttentionRow> kept;
   for (size_t i = 0; i < rows.size(); ++i) {
     kept.push_back(attention_rows_[static_cast<size_t>(rows[i])]);
@@ -499,7 +540,7 @@ void CudaBackend::AllReduce(Activation x) {
   const auto begin = std::chrono::steady_clock::now();
   const Rows& rows = At(x);
   const size_t count = static_cast<size_t>(rows_ * rows.stride);
-  uint16_t* halves = exchange_.as<uint16_t>();
+  uint16_t* halves = among_ranks_.as<uint16_t>();
   Copy(halves, rows.data, rows.Bytes(rows_));
   stream_.Wait();
   for (size_t i = 0; i < count; ++i) exchanged_[i] = HalfToFloat(halves[i]);
@@ -525,7 +566,7 @@ void CudaBackend::Logits(int64_t first, int64_t count) {
   if (world_size == 1) return;
   const auto begin = std::chrono::steady_clock::now();
   const int64_t local_values = count * local_vocab_;
-  float* mine = exchange_.as<float>();
+  float* mine = among_ranks_.as<float>();
   Copy(mine, local, local_values * 4);
   stream_.Wait();
   communicator_.AllGather(mine, local_values * 4, exchanged_.data());
@@ -540,57 +581,91 @@ void CudaBackend::Logits(int64_t first, int64_t count) {
   Copy(Device<float>(logits_at_), mine, count * shape_.vocab_size * 4);
 }
 
-void CudaBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) {
-  sampling_.Clear();
-  std::vector<const LogitsRow*> on_device, on_host;
-  for (const LogitsRow& row : rows) (AddRequest(row, extends[row.extend].want) ? on_device : on_host).push_back(&row);
-  if (sampling_.RequestBytes() > kSamplingRequestBytes || sampling_.ResultBytes() > kSamplingResultBytes) {
-    for (const LogitsRow* row : std::exchange(on_device, {})) on_host.push_back(row);
-  }
-  const auto fail = [&](const LogitsRow& row, const std::exception& error) {
-    if (!std::holds_alternative<ErrorResult>(results[row.extend])) results[row.extend] = ErrorResult{error.what()};
-  };
-  if (!on_device.empty()) {
-    sampling_.Pack(requests_.data());
-    Copy(Device<char>(requests_at_), requests_.data(), sampling_.RequestBytes());
-    EvaluateRequests(Device<float>(logits_at_), shape_.vocab_size, shape_.vocab_size, Device<char>(requests_at_), sampling_.count(), sampling_.has_noise(),
-                     Device<char>(sampling_scratch_at_), Device<char>(results_at_), nullptr, stream_.get());
-    Copy(results_.data(), Device<char>(results_at_), sampling_.ResultBytes());
-    stream_.Wait();
-    for (size_t i = 0; i < on_device.size(); ++i) {
-      const LogitsRow& row = *on_device[i];
-      try {
-        TakeResult(sampling_.Read(results_.data(), static_cast<int64_t>(i)), row, results[row.extend]);
-      } catch (const std::exception& error) {
-        fail(row, error);
-      }
-    }
-  }
-  for (const LogitsRow* row : on_host) {
+void CudaBackend::StartRequests() {
+  Exchange& to = exchange();
+  to.sampling.Pack(to.requests.data());
+  Copy(Device<char>(requests_at_), to.requests.data(), to.sampling.RequestBytes());
+  EvaluateRequests(Device<float>(logits_at_), shape_.vocab_size, shape_.vocab_size, Device<char>(requests_at_), to.sampling.count(), to.sampling.has_noise(),
+                   Device<char>(sampling_scratch_at_), Device<char>(results_at_), Device<uint32_t>(sampled_at_), stream_.get());
+  Copy(to.results.data(), Device<char>(results_at_), to.sampling.ResultBytes());
+}
+
+void CudaBackend::TakeResults(const Exchange& from, std::vector<ExtendResult>& results) const {
+  for (size_t i = 0; i < from.rows.size(); ++i) {
+    const LogitsRow& row = from.rows[i];
     try {
-      Copy(host_logits_.data(), Device<float>(logits_at_) + row->row * shape_.vocab_size, shape_.vocab_size * 4);
-      stream_.Wait();
-      EvaluateRow(BestIsa(), host_logits_.data(), shape_.vocab_size, extends[row->extend].want, row->index, results[row->extend]);
+      TakeResult(from.sampling.Read(from.results.data(), static_cast<int64_t>(i)), row, results[row.extend]);
     } catch (const std::exception& error) {
-      fail(*row, error);
+      Fail(row, error, results);
     }
   }
 }
 
+void CudaBackend::Evaluate(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends, std::vector<ExtendResult>& results) {
+  Exchange& to = exchange();
+  to.sampling.Clear();
+  to.rows.clear();
+  std::vector<LogitsRow> on_host;
+  for (const LogitsRow& row : rows) (AddRequest(row, extends[row.extend].want, to.sampling) ? to.rows : on_host).push_back(row);
+  if (!DeviceTakes(to.sampling)) {
+    on_host.insert(on_host.end(), to.rows.begin(), to.rows.end());
+    to.rows.clear();
+  }
+  if (!to.rows.empty()) {
+    StartRequests();
+    stream_.Wait();
+    TakeResults(to, results);
+  }
+  for (const LogitsRow& row : on_host) {
+    try {
+      Copy(host_logits_.data(), Device<float>(logits_at_) + row.row * shape_.vocab_size, shape_.vocab_size * 4);
+      stream_.Wait();
+      EvaluateRow(BestIsa(), host_logits_.data(), shape_.vocab_size, extends[row.extend].want, row.index, results[row.extend]);
+    } catch (const std::exception& error) {
+      Fail(row, error, results);
+    }
+  }
+}
+
+int CudaBackend::EvaluateLater(const std::vector<LogitsRow>& rows, const std::vector<Extend>& extends) {
+  if (communicator_.world_size() > 1) return -1;  // their tokens go through the host
+  Exchange& to = exchange();
+  to.sampling.Clear();
+  to.rows = rows;
+  request_of_extend_.assign(extends.size(), -1);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!AddRequest(rows[i], extends[rows[i].extend].want, to.sampling)) return -1;
+    request_of_extend_[rows[i].extend] = static_cast<int32_t>(i);
+  }
+  if (!DeviceTakes(to.sampling)) return -1;
+  StartRequests();
+  to.done.Record(stream_.get());
+  to.is_awaited.store(true);
+  return current_;
+}
+
+void CudaBackend::Collect(int later, std::vector<ExtendResult>& results) {
+  Check(cudaSetDevice(gpu_), "choosing the GPU");  // the thread's may be another one
+  Exchange& from = *exchanges_[later];
+  from.done.Wait();
+  TakeResults(from, results);
+  from.is_awaited.store(false);
+}
+
 // False: what is wanted is for the host, raw logits and very long lists.
-bool CudaBackend::AddRequest(const LogitsRow& row, const Want& want) {
+bool CudaBackend::AddRequest(const LogitsRow& row, const Want& want, SamplingBatch& sampling) const {
   if (const auto* sample = std::get_if<WantSample>(&want)) {
     if (sample->top_logprobs > kMaxDeviceCandidates) return false;
-    sampling_.AddSample(row.row, sample->params, sample->noise, sample->top_logprobs);
+    sampling.AddSample(row.row, sample->params, sample->noise, sample->top_logprobs);
     return true;
   }
   if (const auto* candidates = std::get_if<WantCandidates>(&want)) {
     if (candidates->count > kMaxDeviceCandidates) return false;
-    sampling_.AddCandidates(row.row, candidates->count, candidates->banned_tokens, candidates->noise ? &*candidates->noise : nullptr);
+    sampling.AddCandidates(row.row, candidates->count, candidates->banned_tokens, candidates->noise ? &*candidates->noise : nullptr);
     return true;
   }
   if (const auto* targets = std::get_if<WantTargets>(&want)) {
-    sampling_.AddTarget(row.row, targets->tokens[static_cast<size_t>(row.index)]);
+    sampling.AddTarget(row.row, targets->tokens[static_cast<size_t>(row.index)]);
     return true;
   }
   return false;

@@ -254,6 +254,26 @@ TEST(emulator_reports_what_would_hang_or_harm_a_gpu) {
   });
 }
 
+TEST(emulator_does_what_a_stream_was_given_when_it_is_waited_for) {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t event = nullptr;
+  CHECK(cudaStreamCreate(&stream) == cudaSuccess && cudaEventCreate(&event) == cudaSuccess);
+  int source = 1, first = 0, second = 0;
+  cudaMemcpyAsync(&first, &source, sizeof source, cudaMemcpyDefault, stream);
+  cudaEventRecord(event, stream);
+  cudaMemcpyAsync(&second, &source, sizeof source, cudaMemcpyDefault, stream);
+  source = 2;  // too early
+  CHECK_EQ(first, 0);
+  cudaEventSynchronize(event);
+  CHECK_EQ(first, 2);
+  CHECK_EQ(second, 0);  // behind the event
+  source = 3;
+  cudaStreamSynchronize(stream);
+  CHECK_EQ(second, 3);
+  cudaEventDestroy(event);
+  cudaStreamDestroy(stream);
+}
+
 TEST(emulator_records_graphs_and_runs_them_again) {
   cudaStream_t stream = nullptr;
   cuda::Check(cudaStreamCreate(&stream), "stream");

@@ -25,4 +25,18 @@ TEST(cuda_gather_rows_copies_the_rows) {
   });
 }
 
+TEST(cuda_samples_become_the_tokens_of_rows) {
+  ForEachThreadOrder([] {
+    const DeviceArray<uint32_t> sampled(std::vector<uint32_t>{7, 99, 100, 0xffffffffu, 3});
+    std::vector<int32_t> from(600, -1);
+    from[0] = 4, from[1] = 0, from[255] = 1, from[256] = 2, from[598] = 3;
+    const DeviceArray<int32_t> from_on_device(from);
+    DeviceArray<uint32_t> tokens(std::vector<uint32_t>(600, 5));
+    cuda::TakeSamples(sampled.get(), from_on_device.get(), 599, 100, tokens.get(), nullptr);
+    std::vector<uint32_t> expected(600, 5);
+    expected[0] = 3, expected[1] = 7, expected[255] = 99, expected[256] = 0, expected[598] = 0;  // the last two are no tokens
+    CHECK(tokens.Download() == expected);
+  });
+}
+
 }  // namespace tandem::test
