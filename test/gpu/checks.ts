@@ -200,6 +200,34 @@ export async function queuedSteps(store: string, worldSize: number): Promise<str
   }
 }
 
+/** An engine that is aborted with steps under way. @returns what became of the steps: all that had begun give their results, the others end */
+export async function abortedSteps(store: string): Promise<string[]> {
+  const ranks = await EngineRanks.load({ store, worldSize: 1, engine: ENGINE });
+  const run: Run = { tokens: [5, 6, 7], positions: [0, 1, 2], bidirectionalTokens: 2 };
+  const params = {
+    temperature: 0,
+    topK: 0,
+    topP: 0,
+    bannedTokens: [],
+    biasTokens: [],
+    biases: [],
+    repetitionPenalty: 1,
+    repeatedTokens: [],
+  };
+  const want = { kind: 'sample', params, noise: { seed: 0n, stream: 0, position: 0 }, topLogprobs: 0 } as const;
+  const outcomes = Array.from({ length: 12 }, () =>
+    ranks.step([ranks.extend(run, 0, want)]).then(
+      ([result]) => result!.kind,
+      (error: unknown) => (error as Error).message,
+    ),
+  );
+  await outcomes[0];
+  ranks.abort();
+  const all = await Promise.all(outcomes);
+  await ranks.dispose();
+  return all;
+}
+
 /** Texts of the tiny model through a whole server. @returns how many of them are the original code's, letter for letter */
 export async function equalTexts(limit: number, worldSize: number): Promise<{ equal: number; of: number; differing: string[] }> {
   const cases = readGolden<{ cases: TextCase[] }>('tiny/generations.json').cases.slice(0, limit);
