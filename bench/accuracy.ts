@@ -6,6 +6,8 @@
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import yargs from 'yargs';
+import { hideBin } from 'yargs/helpers';
 import { packageRoot } from '../common/package-root.js';
 import type { TandemClient } from '../cli/client.js';
 import { formatTable } from '../cli/format.js';
@@ -44,6 +46,12 @@ const LEAST_AGREEMENT = 99;
 type Golden = { runs: Record<string, Record<string, Record<string, Record<string, [Record<string, number>, number]>>>> };
 const golden = JSON.parse(readFileSync(join(packageRoot, 'test/golden/tiny/evaluation.json'), 'utf8')) as Golden;
 
+const { only } = await yargs(hideBin(process.argv))
+  .scriptName('npm run bench:accuracy --')
+  .option('only', { choices: PRECISIONS.map(({ name }) => name), describe: 'Weights to measure with (default: all, one after the other)' })
+  .strict()
+  .parseAsync();
+
 const scratch = mkdtempSync(join(tmpdir(), 'tandem-accuracy-'));
 process.once('exit', () => rmSync(scratch, { recursive: true, force: true }));
 const config = parseModelConfig(JSON.parse(readFileSync(join(tinyModelDir, 'config.json'), 'utf8')), 'config.json');
@@ -51,6 +59,7 @@ const tokenizer = await loadTokenizer(join(tinyModelDir, 'tokenizer.model'), con
 const rows: string[][] = [];
 const failures: string[] = [];
 for (const { name, golden: goldenName, quantize } of PRECISIONS) {
+  if (only !== undefined && only !== name) continue;
   const store = join(scratch, name);
   await importCheckpoint({
     from: join(tinyModelDir, 'sat'),

@@ -246,6 +246,7 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
     } else log.info({ address: linkAddress, worldSize: options.worldSize }, 'waiting for workers');
     await group.ready();
 
+    const runAhead = runsAhead(options, group);
     loop = new ServingLoop(
       group,
       {
@@ -253,14 +254,17 @@ export async function startServer(options: ServeOptions): Promise<RunningServer>
         stepTokens: options.maxStepTokens || maxBatchTokens,
         maxBatchTokens,
         maxExtends: maxStepSequences,
-        runAhead: runsAhead(options, group),
+        runAhead,
         contextCacheBlocks: options.contextCacheBlocks ?? Math.floor(group.capacity.kvBlocks / 2),
       },
       log,
       observer,
     );
     const readyMs = Math.round(performance.now() - startMs);
-    log.info({ address, httpAddress, worldSize: options.worldSize, kvBlocks: group.capacity.kvBlocks, startMs: readyMs }, 'ready');
+    log.info(
+      { address, httpAddress, worldSize: options.worldSize, kvBlocks: group.capacity.kvBlocks, runAhead, startMs: readyMs },
+      'ready',
+    );
     const reload = (): void => {
       const isTaken = [gate?.reload() ?? true, tls?.reload() ?? true].every(Boolean);
       events.add(

@@ -301,7 +301,7 @@ export class ServingLoop {
 
   /** Not before it has to be, so that who comes until then has a part in it. @param likelyMs what the step under way may take */
   private async sendAhead(current: SentStep, likelyMs: number): Promise<SentStep | null> {
-    if (this.limits.runAhead === false) return null;
+    if (this.limits.runAhead === false || this.closed) return null;
     const waitMs = AHEAD_AT * likelyMs - LEAST_LEAD_MS;
     if (waitMs >= 1) {
       if (await isOverWithin(current.answer, waitMs)) return null;

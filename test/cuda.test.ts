@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { ensureTinyStore } from '../model/tiny/tiny-model.js';
 import {
+  abortedSteps,
   equalTexts,
   forwardDistance,
   LEAST_AGREEMENT,
@@ -52,6 +53,13 @@ describe('the tiny model', () => {
 
   test.each([1, 2])('steps sent before those end that they go on from, %i rank(s)', async (worldSize) => {
     expect(await queuedSteps(await ensureTinyStore(), worldSize)).toEqual([]);
+  });
+
+  test('an engine that is aborted with steps under way', async () => {
+    const outcomes = await abortedSteps(await ensureTinyStore());
+    const done = outcomes.filter((outcome) => outcome === 'sample').length;
+    expect(outcomes).toEqual(outcomes.map((_, i): unknown => (i < done ? 'sample' : expect.stringMatching(/abort/))));
+    expect(done).toBeLessThan(outcomes.length);
   });
 
   test('texts through a server', async () => {

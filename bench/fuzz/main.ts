@@ -1,17 +1,24 @@
 /**
- * Feeds the readers of files from elsewhere with damaged ones: `npm run bench:fuzz [-- INPUTS [SEED]]`. Every input has to be read or refused with
+ * Feeds the readers of files from elsewhere with damaged ones: `npm run bench:fuzz [-- --inputs N --seed S]`. Every input has to be read or refused with
  * a typed error of one line, in bounded time and memory. What is not is printed with its target and index, is written to /tmp and makes the status 1.
  */
 import { fork } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import yargs from 'yargs';
+import { hideBin } from 'yargs/helpers';
+import { wholeNumber } from '../../cli/number-option.js';
 import { packageRoot } from '../../common/package-root.js';
 import { currentFileName, type ChildMessage, type ChildTask } from './child-task.js';
 import { FuzzTargets, inputOf, type FuzzTarget } from './targets.js';
 
-const [inputsText = '150000', seedText = '1'] = process.argv.slice(2);
-const seed = Number(seedText);
+const { inputs: inputsOfAll, seed } = (await yargs(hideBin(process.argv))
+  .scriptName('npm run bench:fuzz --')
+  .option('inputs', wholeNumber('inputs', { min: 1, default: 150_000, describe: 'Damaged inputs in all' }))
+  .option('seed', wholeNumber('seed', { min: 0, default: 1, describe: 'What the damage is drawn from' }))
+  .strict()
+  .parseAsync()) as unknown as { inputs: number; seed: number };
 /** Far beyond what an input of some kilobytes can need, on a busy machine too. */
 const timeLimitMs = 10_000;
 const rssLimitBytes = 768 * 2 ** 20;
@@ -31,7 +38,7 @@ interface Outcome {
 
 const targets = await FuzzTargets.open();
 try {
-  const share = Number(inputsText) / targets.all.reduce((sum, { inputs }) => sum + inputs, 0);
+  const share = inputsOfAll / targets.all.reduce((sum, { inputs }) => sum + inputs, 0);
   let total = 0;
   for (const target of targets.all) {
     const { inputs, refused, seconds, peakBytes, defects } = await run(target, Math.ceil(target.inputs * share));

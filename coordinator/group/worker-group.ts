@@ -293,7 +293,11 @@ export class WorkerGroup implements Engine {
       rank.memory = message.ready.memory;
       this.options.log.info({ rank: index, epoch: this.epochNumber, loadMs: message.ready.loadMs }, 'shard loaded');
       if (this.isReady) {
-        this.options.onEvent?.('info', `epoch ${this.epochNumber} is ready: all ${this.options.worldSize} ranks have loaded the model`);
+        const { worldSize, onEvent } = this.options;
+        onEvent?.(
+          'info',
+          `epoch ${this.epochNumber} is ready: ${worldSize === 1 ? 'the rank has' : `all ${worldSize} ranks have`} loaded the model`,
+        );
         for (const { resolve } of this.waiters.splice(0)) resolve();
       }
     } else if (message.error) {

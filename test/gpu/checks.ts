@@ -37,6 +37,8 @@ interface TextCase {
 
 export const ENGINE = { device: 'cuda', activations: 'float', kvDtype: 'fp16' } as const;
 
+const GREEDY = { temperature: 0, topK: 0, topP: 0, bannedTokens: [], biasTokens: [], biases: [], repetitionPenalty: 1, repeatedTokens: [] };
+
 const relativeL2 = (got: ArrayLike<number>, expected: ArrayLike<number>): number => {
   let [difference, norm] = [0, 0];
   for (let i = 0; i < expected.length; i++) {
@@ -151,19 +153,9 @@ export async function queuedSteps(store: string, worldSize: number): Promise<str
     const tokens = Array.from({ length: 9 + 11 * sequence }, (_, i) => (i * 31 + sequence * 17 + 5) % 100);
     return { tokens, positions: tokens.map((_, i) => i), bidirectionalTokens: tokens.length - 1 };
   });
-  const params = {
-    temperature: 1.5,
-    topK: 40,
-    topP: 0,
-    bannedTokens: [],
-    biasTokens: [],
-    biases: [],
-    repetitionPenalty: 1,
-    repeatedTokens: [],
-  };
   const want = (sequence: number, step: number): StepExtend['want'] => ({
     kind: 'sample',
-    params,
+    params: { ...GREEDY, temperature: 1.5, topK: 40 },
     noise: { seed: 7n, stream: sequence, position: step },
     topLogprobs: 2,
   });
@@ -198,6 +190,24 @@ export async function queuedSteps(store: string, worldSize: number): Promise<str
   } finally {
     await ranks.dispose();
   }
+}
+
+/** An engine that is aborted with steps under way. @returns what became of the steps: all that had begun give their results, the others end */
+export async function abortedSteps(store: string): Promise<string[]> {
+  const ranks = await EngineRanks.load({ store, worldSize: 1, engine: ENGINE });
+  const run: Run = { tokens: [5, 6, 7], positions: [0, 1, 2], bidirectionalTokens: 2 };
+  const want = { kind: 'sample', params: GREEDY, noise: { seed: 0n, stream: 0, position: 0 }, topLogprobs: 0 } as const;
+  const outcomes = Array.from({ length: 12 }, () =>
+    ranks.step([ranks.extend(run, 0, want)]).then(
+      ([result]) => result!.kind,
+      (error: unknown) => (error as Error).message,
+    ),
+  );
+  await outcomes[0];
+  ranks.abort();
+  const all = await Promise.all(outcomes);
+  await ranks.dispose();
+  return all;
 }
 
 /** Texts of the tiny model through a whole server. @returns how many of them are the original code's, letter for letter */

@@ -89,6 +89,11 @@ export class EngineRanks {
     return Array.from({ length: rows }, (_, row) => result.logits.slice(row * vocab, (row + 1) * vocab));
   }
 
+  /** All steps under way, and those to come, end. */
+  abort(): void {
+    for (const rank of this.ranks) rank.abort();
+  }
+
   async dispose(): Promise<void> {
     await Promise.all(this.ranks.map((rank) => rank.dispose()));
   }
