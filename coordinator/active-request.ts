@@ -98,6 +98,11 @@ export class PendingRun implements PendingExtend {
     private readonly contexts: ContextCache,
   ) {}
 
+  /** Whether somebody waits for its result, still or by now. */
+  get isWanted(): boolean {
+    return this.isAwaited && this.request.state === 'running';
+  }
+
   /** It was foreseen, is under way, and now its strategy has yielded it. */
   come(op: ExtendOp, index: number): this {
     this.op = op;
@@ -146,6 +151,13 @@ export class PendingRun implements PendingExtend {
     const { sequence } = this;
     return sequence.settledTokens === 0 && sequence.contextKey !== null ? this.contexts.find(sequence.contextKey) : null;
   }
+}
+
+export const NO_RUNS: readonly PendingRun[] = [];
+
+export function without(runs: readonly PendingRun[], run: PendingRun): readonly PendingRun[] {
+  if (runs.length === 1 && runs[0] === run) return NO_RUNS; // mostly
+  return runs.filter((each) => each !== run);
 }
 
 /** Highest priority first, then oldest. */

@@ -9,30 +9,28 @@ import {
   WorkerLostError,
 } from '../common/errors.js';
 import type { Logger } from '../common/log.js';
-import { ActiveRequest, insertByRank, PendingRun } from './active-request.js';
+import { ActiveRequest, insertByRank, NO_RUNS, PendingRun, without } from './active-request.js';
 import { contextKeyOf } from './context-key.js';
-import { NOTHING_NEXT, type ExtendOp, type ExtendResult, type Sequence, type Sequences } from './generation/strategy.js';
+import { Foresight } from './foresight.js';
+import type { ExtendOp, ExtendResult, Sequence, Sequences } from './generation/strategy.js';
 import { EpochEndedError, type Engine, type EngineStepResult } from './group/engine.js';
+import type { PlannedRun, PlannedStep, SentStep, SlicedRun } from './planned-step.js';
 import { type QueueLimits, RequestQueue } from './request-queue.js';
 import { BlockManager } from './scheduler/block-manager.js';
 import { ContextCache } from './scheduler/context-cache.js';
-import { schedule, type SliceUnderWay, type StepLimits, type StepPlan } from './scheduler/schedule.js';
+import { schedule, type StepLimits, type StepPlan } from './scheduler/schedule.js';
 import {
   adoptContext,
   appendTokens,
   applyRun,
-  type BeforeForeseen,
   createSequence,
   evictSequences,
-  foresee,
-  forgetForeseen,
   forkSequence,
   loseCache,
   prepareRun,
   recomputedBlocks,
   releaseSequence,
   restoreSequences,
-  type Run,
   type SequenceState,
   takeForeseenToken,
 } from './scheduler/sequence.js';
@@ -48,44 +46,12 @@ export interface LoopLimits extends Omit<StepLimits, 'numLayers'>, QueueLimits {
   readonly runAhead?: boolean;
 }
 
-interface PlannedRun extends Pick<Run, 'sequence' | 'firstToken'> {
-  readonly pending: PendingRun;
-  /** Its tokens; the sequence may have more by the time that the results are in. */
-  readonly runTokens: number;
-  /** The run of the token that it samples, in the next step. */
-  foreseen: { readonly pending: PendingRun; readonly before: BeforeForeseen } | null;
-}
-
-/** The run that goes through the layers over several steps. */
-interface SlicedRun extends SliceUnderWay {
-  readonly extend: PendingRun;
-  readonly run: PlannedRun;
-}
-
-interface PlannedStep {
-  readonly whole: readonly PlannedRun[];
-  readonly slice: (SlicedRun & { readonly firstLayer: number; readonly endLayer: number }) | null;
-  readonly blockCopies: number[];
-}
-
-/** A step on its way. */
-interface SentStep {
-  readonly step: PlannedStep;
-  readonly startMs: number;
-  readonly sentMs: number;
-  readonly scheduleMs: number;
-  readonly answer: Promise<EngineStepResult>;
-}
-
 /** After so many epochs that ended in its steps a request runs alone; if that ends one more, the request is to blame and fails. */
 const SUSPECT_AFTER = 2;
 const MOST_LISTED = 200;
 /** The part of a step after which the next one is sent, and by how much earlier: planning it, and its way to the ranks, take a millisecond or two. */
 const AHEAD_AT = 0.75;
 const LEAST_LEAD_MS = 3;
-const NO_RUNS: readonly PendingRun[] = [];
-/** The tokens of a run whose token the step before samples. */
-const NOT_KNOWN_YET = [0];
 
 /**
  * Queue, schedule, engine step, apply, emit: the only place where these meet. Requests enter by {@link submit}; their
@@ -94,6 +60,7 @@ const NOT_KNOWN_YET = [0];
 export class ServingLoop {
   private readonly blocks: BlockManager;
   private readonly contexts: ContextCache;
+  private readonly foresight: Foresight;
   private readonly queue: RequestQueue;
   private readonly byRequestId = new Map<string, ActiveRequest>();
   /** Highest priority first, then oldest. */
@@ -144,6 +111,7 @@ export class ServingLoop {
     const { kvBlocks, blockSize, numLayers } = engine.capacity;
     this.blocks = new BlockManager(kvBlocks, blockSize);
     this.contexts = new ContextCache(this.blocks, Math.min(limits.contextCacheBlocks, kvBlocks));
+    this.foresight = new Foresight(this.blocks, this.contexts);
     this.queue = new RequestQueue(limits);
     const { stepTokens, maxBatchTokens, maxExtends } = limits;
     this.stepLimits = { stepTokens, maxBatchTokens, maxExtends, numLayers };
@@ -364,41 +332,11 @@ export class ServingLoop {
    * The step after one that is under way, where all that goes on from that one's results is foreseen to take the token that it samples. Who has to give up
    * blocks, and what to do where nothing fits, is decided only when nothing is under way.
    */
-  private planAhead(step: PlannedStep): PlannedStep | null {
-    if (step.slice || !this.canForesee(step)) return null;
-    for (let i = 0; i < step.whole.length; i++) this.foreseeAfter(step.whole[i]!, i);
+  private planAhead({ whole, slice }: PlannedStep): PlannedStep | null {
+    if (slice || !this.foresight.foresee(whole)) return null;
     const ahead = this.planStep(true);
-    for (const run of step.whole) if (run.foreseen?.pending.isUnderWay === false) this.forgetForeseen(run);
+    this.foresight.forgetUnplanned(whole);
     return ahead;
-  }
-
-  /** Whether every strategy that the step's results will resume has said what comes then. */
-  private canForesee({ whole }: PlannedStep): boolean {
-    for (const { pending } of whole) {
-      if (pending.op.next === undefined && isAwaited(pending) && isResumed(pending.request)) return false;
-    }
-    return true;
-  }
-
-  private foreseeAfter(run: PlannedRun, sampledBy: number): void {
-    const { pending, sequence } = run;
-    const { request, op } = pending;
-    if (!isAwaited(pending) || op.next === undefined || op.next === NOTHING_NEXT || !isResumed(request)) return;
-    const { position, want } = op.next;
-    const before = foresee(sequence, position);
-    const next = { sequence, tokens: NOT_KNOWN_YET, positions: [position], bidirectionalTokens: 0, want };
-    const following = new PendingRun(request, -1, next, sequence, this.blocks, this.contexts);
-    following.isAwaited = false;
-    following.sampledBy = sampledBy;
-    run.foreseen = { pending: following, before };
-    request.pending = request.pending.length === 0 ? [following] : [...request.pending, following];
-  }
-
-  private forgetForeseen(run: PlannedRun): void {
-    const { pending, before } = run.foreseen!;
-    forgetForeseen(run.sequence, before);
-    pending.request.pending = without(pending.request.pending, pending);
-    run.foreseen = null;
   }
 
   private schedule(): StepPlan<ActiveRequest, ActiveRequest> {
@@ -542,14 +480,14 @@ export class ServingLoop {
     this.totals.collectiveSeconds += longest(ranks, 'collectiveMs') / 1000;
 
     const isSliceDone = slice !== null && slice.endLayer === this.engine.capacity.numLayers;
-    this.slice = slice && !isSliceDone && isAwaited(slice.extend) ? slice : null;
+    this.slice = slice && !isSliceDone && slice.extend.isWanted ? slice : null;
     const ran = slice ? [...whole, slice.run] : whole;
     for (let i = 0; i < ran.length; i++) {
       const run = ran[i]!;
       const { pending } = run;
       const { request } = pending;
       pending.isUnderWay = false;
-      if (!isAwaited(pending)) continue; // its request has ended, or its strategy went on otherwise than was foreseen
+      if (!pending.isWanted) continue; // its request has ended, or its strategy went on otherwise than was foreseen
       if (run === slice?.run && !isSliceDone) {
         request.pending = [...request.pending, pending];
         continue;
@@ -567,7 +505,7 @@ export class ServingLoop {
     }
     for (const { pending } of ran) {
       const { request } = pending;
-      if (!isAwaited(pending) || request.appliedStep === this.totals.steps) continue;
+      if (!pending.isWanted || request.appliedStep === this.totals.steps) continue;
       request.appliedStep = this.totals.steps; // it may have several runs in the step
       request.busyMs += nowMs - startMs;
       if (request.unanswered.length > 0) continue;
@@ -726,7 +664,7 @@ export class ServingLoop {
   /** The caches are gone: everything that was computed is computed again by the same Extends, once there are workers. */
   private async recover(step: PlannedStep, ended: EpochEndedError): Promise<void> {
     this.log.warn({ running: this.running.length, reason: ended.message }, 'KV caches lost, requests go on when the group is back');
-    for (const run of step.whole) if (run.foreseen && isAwaited(run.pending)) forgetForeseen(run.sequence, run.foreseen.before);
+    this.foresight.forgetLost(step.whole);
     this.slice = null;
     this.carriedCopies = [];
     this.blocks.loseContents();
@@ -915,22 +853,6 @@ async function isOverWithin(answer: Promise<unknown>, ms: number): Promise<boole
   const isOver = await Promise.race([answer.then(over, over), timeIsUp]);
   clearTimeout(timer);
   return isOver;
-}
-
-/** Whether somebody still waits for its result. */
-function isAwaited({ isAwaited: isYielded, request }: PendingRun): boolean {
-  return isYielded && request.state === 'running';
-}
-
-/** Whether its strategy goes on when the step under way has ended. */
-function isResumed({ unanswered }: ActiveRequest): boolean {
-  for (const { isUnderWay } of unanswered) if (!isUnderWay) return false;
-  return true;
-}
-
-function without(runs: readonly PendingRun[], run: PendingRun): readonly PendingRun[] {
-  if (runs.length === 1 && runs[0] === run) return NO_RUNS; // mostly
-  return runs.filter((each) => each !== run);
 }
 
 function requestsOf({ whole, slice }: PlannedStep): ActiveRequest[] {
