@@ -1,6 +1,6 @@
 import { afterEach, expect, test, vi } from 'vitest';
 import { createLogger } from '../common/log.js';
-import { BLOCK_SIZE, fakeJob, type Shape, turnsUntil } from './fake-job.js';
+import { BLOCK_SIZE, fakeJob, type Shape, turn, turnsUntil } from './fake-job.js';
 import type { EngineStep, EngineStepResult } from './group/engine.js';
 import { FakeEngine } from './group/fake-engine.js';
 import { DEFAULT_LIMITS } from './limits.js';
@@ -12,8 +12,11 @@ import { type LoopLimits, ServingLoop } from './serving-loop.js';
 const limits: LoopLimits = { ...DEFAULT_LIMITS, stepTokens: 24, maxBatchTokens: 80, maxExtends: 16, contextCacheBlocks: 0 };
 const SIZE = { kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997 };
 const open: ServingLoop[] = [];
+const engines: HeldEngine[] = [];
 
 afterEach(async () => {
+  vi.useRealTimers();
+  for (const engine of engines.splice(0)) engine.finishAll();
   await Promise.all(open.splice(0).map((loop) => loop.close()));
 });
 
@@ -50,6 +53,7 @@ class HeldEngine extends FakeEngine {
 function start<E extends FakeEngine>(engine: E, changes: Partial<LoopLimits> = {}, now?: () => number): { loop: ServingLoop; engine: E } {
   const loop = new ServingLoop(engine, { ...limits, ...changes }, createLogger('test', 'silent'), undefined, now);
   open.push(loop);
+  if (engine instanceof HeldEngine) engines.push(engine);
   return { loop, engine };
 }
 
@@ -127,20 +131,31 @@ test('both steps under way are lost with a rank, and what they were to give is c
 });
 
 test('a long step is followed late, so that who comes meanwhile is in the next one', async () => {
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout', 'performance'] });
   class SlowEngine extends HeldEngine {
     done = 0;
+    private endMs = 0;
     override async step(step: EngineStep): Promise<EngineStepResult> {
       const result = super.step(step);
-      setTimeout(() => this.finishOne(), 300 * this.sent.length - (performance.now() - this.startMs));
+      this.endMs = Math.max(this.endMs, performance.now()) + 300;
+      setTimeout(() => this.finishOne(), this.endMs - performance.now());
       return result.finally(() => (this.done += 1));
     }
-    private readonly startMs = performance.now();
   }
   const { loop, engine } = start(new SlowEngine(SIZE));
+  const until = async (isTrue: () => boolean): Promise<void> => {
+    for (let ms = 0; !isTrue(); ms += 10) {
+      if (ms > 60_000) throw new Error('it never came to that');
+      await vi.advanceTimersByTimeAsync(10);
+      for (let i = 0; i < 4; i++) await turn();
+    }
+  };
   const first = submit(loop, { prompt: 4, newTokens: 6, samples: 1 }, 1);
-  await vi.waitUntil(() => engine.done === 4, { timeout: 30_000, interval: 1 }); // the times of the first ones were not known yet
+  await until(() => engine.done === 4); // the times of the first ones were not known yet
   expect(engine.sent.length).toBe(5); // the one that runs now
   const second = submit(loop, { prompt: 4, newTokens: 1, samples: 1 }, 2);
-  await Promise.all([first.done, second.done]);
+  await until(() => loop.snapshot().finished === 2);
+  expect((await first.done).value).toEqual(await oneByOne({ prompt: 4, newTokens: 6, samples: 1 }, 1));
+  await second.done;
   expect(engine.sampledBy[5]).toEqual([0, -1]); // it was sent while the fifth ran, and has the newcomer in it
 });
