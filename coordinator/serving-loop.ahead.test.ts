@@ -11,6 +11,8 @@ import { type LoopLimits, ServingLoop } from './serving-loop.js';
 
 const limits: LoopLimits = { ...DEFAULT_LIMITS, stepTokens: 24, maxBatchTokens: 80, maxExtends: 16, contextCacheBlocks: 0 };
 const SIZE = { kvBlocks: 64, blockSize: BLOCK_SIZE, maxBatchTokens: 80, vocabSize: 997 };
+/** Steps take none, so the next one is sent at once. */
+const NO_TIME = (): number => 0;
 const open: ServingLoop[] = [];
 const engines: HeldEngine[] = [];
 
@@ -57,7 +59,7 @@ function start<E extends FakeEngine>(engine: E, changes: Partial<LoopLimits> = {
   return { loop, engine };
 }
 
-const held = (): { loop: ServingLoop; engine: HeldEngine } => start(new HeldEngine(SIZE), {}, () => 0);
+const held = (): { loop: ServingLoop; engine: HeldEngine } => start(new HeldEngine(SIZE), {}, NO_TIME);
 
 async function oneByOne(shape: Shape, seed: number): Promise<number[][]> {
   const { loop } = start(new FakeEngine(SIZE), { runAhead: false });
@@ -98,7 +100,7 @@ test('what cannot be foreseen is not sent', async () => {
 test('a sequence that ends although more of it is under way takes nothing from the others', async () => {
   const shape = { prompt: 6, newTokens: 12, samples: 3, endsWith: 3 };
   const seeds = [1, 2, 3, 4];
-  const { loop, engine } = start(new FakeEngine(SIZE));
+  const { loop, engine } = start(new FakeEngine(SIZE), {}, NO_TIME);
   const results = await Promise.all(seeds.map((seed) => submit(loop, shape, seed).done));
   for (const [i, { value }] of results.entries()) expect(value).toEqual(await oneByOne(shape, seeds[i]!));
   const drawn = results.flatMap(({ value }) => value).reduce((sum, tokens) => sum + tokens.length - 1, 0);
@@ -108,7 +110,7 @@ test('a sequence that ends although more of it is under way takes nothing from t
 });
 
 test('a request that is cancelled while two of its steps are under way leaves its blocks to others, in the order of the steps', async () => {
-  const { loop, engine } = start(new HeldEngine({ ...SIZE, kvBlocks: 8 }), {}, () => 0);
+  const { loop, engine } = start(new HeldEngine({ ...SIZE, kvBlocks: 8 }), {}, NO_TIME);
   const doomed = loop.submit(fakeJob({ prompt: 12, newTokens: 12, samples: 1 }, 1, { maxBlocks: 8 }));
   await turnsUntil(() => engine.sent.length === 1);
   engine.finishOne();
@@ -124,7 +126,7 @@ test('a request that is cancelled while two of its steps are under way leaves it
 test('both steps under way are lost with a rank, and what they were to give is computed again', async () => {
   const shape = { prompt: 9, newTokens: 8, samples: 2 };
   for (const lost of [2, 3, 4, 5]) {
-    const { loop, engine } = start(new FakeEngine({ ...SIZE, lostSteps: new Set([lost]) }));
+    const { loop, engine } = start(new FakeEngine({ ...SIZE, lostSteps: new Set([lost]) }), {}, NO_TIME);
     expect((await submit(loop, shape, 5).done).value).toEqual(await oneByOne(shape, 5));
     expect(engine.history.flat().some(({ sampledBy }) => sampledBy >= 0)).toBe(true);
   }
