@@ -82,7 +82,7 @@ export interface BeforeForeseen {
 
 /**
  * The run of all that is not cached is under way, and one token more is to follow it, which is not known yet: takes the one for done and adds a
- * placeholder for the other. {@link forgetForeseen} takes both back.
+ * token of no meaning in the other's place. {@link forgetForeseen} takes both back.
  */
 export function foresee(sequence: SequenceState, position: number): BeforeForeseen {
   const { cachedTokens, settledTokens } = sequence;

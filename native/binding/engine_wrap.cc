@@ -121,14 +121,14 @@ Napi::Value EngineWrap::StepMethod(const Napi::CallbackInfo& info) {
   try {
     if (engine_ == nullptr) throw Error(ErrorCode::kAborted, "the engine was disposed of");
     struct Call {
+      std::shared_ptr<EngineThread> engine;
       Step step;
-      std::unique_ptr<Engine::UnderWay> under_way;
+      std::unique_ptr<Engine::UnderWay> under_way;  // gone before its engine, which waits for that
     };
-    auto call = std::make_shared<Call>();
-    call->step = StepFromJs(info[0], info[1]);
-    const auto run = [engine = engine_, call]() -> std::optional<EncodedStepResult> {
-      if (call->under_way != nullptr) return engine->End(std::move(call->under_way));
-      return engine->Begin(std::move(call->step), call->under_way);
+    auto call = std::make_shared<Call>(Call{engine_, StepFromJs(info[0], info[1]), nullptr});
+    const auto run = [call]() -> std::optional<EncodedStepResult> {
+      if (call->under_way != nullptr) return call->engine->End(std::move(call->under_way));
+      return call->engine->Begin(std::move(call->step), call->under_way);
     };
     const auto convert = [](Napi::Env env, EncodedStepResult& result) { return StepResultToJs(env, result); };
     return AsyncCall<EncodedStepResult>::Start(info.Env(), runtime_, engine_->thread(), run, convert, &engine_->ends());
